@@ -1,0 +1,148 @@
+"""Pools of tasks for meta-training: simulated domains and slices of real ones, padded to one size bucket."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from envs.domains import Domain, make_domain
+from envs.public import crop, draw_slice
+from envs.simulated import SimulatedPrior, simulate
+from envs.vectorized import Bucket, MatrixFactorizationEnvironment, Task, make_task, stack_tasks
+from metalearn.controller.observation import PROFILE_DESCRIPTORS, profile_descriptors
+from metalearn.errors import InvalidArgumentError
+from metalearn.interactions import Interactions
+
+_ATTEMPTS = 8
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TaskPool:
+    """Tasks of one bucket, stacked.
+
+    Args:
+      bucket: their padded sizes.
+      tasks: leaves have a leading axis of tasks.
+      profiles: float32 [tasks, profile descriptors], raw, NaN where undefined.
+      names: the domain each task comes from; simulated ones start with "simulated".
+    """
+
+    bucket: Bucket
+    tasks: Task
+    profiles: np.ndarray
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def environment(self) -> MatrixFactorizationEnvironment:
+        """The environment that trains these tasks."""
+        return MatrixFactorizationEnvironment(self.bucket)
+
+
+def simulated_domain(bucket: Bucket, rng: np.random.Generator) -> Domain:
+    """Draws a simulated domain that fits a bucket, its size log-uniform up to the bucket's."""
+    low_users, low_items = max(bucket.users // 6, 100), max(bucket.items // 6, 80)
+    prior = SimulatedPrior(users=(low_users, bucket.users), items=(low_items, bucket.items))
+    return _first_that_splits(lambda: simulate(prior, seed=rng), "simulated", "leave-last-out")
+
+
+FULL_SIZE = 4_096
+"""Buckets of at least so many users hold whole domains, cropped only where they must be: the best configuration of a
+slice, with many epochs over few interactions, is not that of the whole."""
+
+
+def real_domain(name: str, interactions: Interactions, bucket: Bucket, rng: np.random.Generator) -> Domain:
+    """Draws a slice (or a crop, see `FULL_SIZE`) of a real domain; half of those with times are split by time."""
+    timed = interactions.timestamp is not None and rng.random() < 0.5
+    minima = (max(bucket.users // 4, 64), max(min(bucket.items // 6, interactions.num_items // 2), 32))
+
+    def draw() -> Interactions:
+        if bucket.users >= FULL_SIZE:
+            share = rng.uniform(0.5, 1.0)
+            return crop(interactions, max_users=round(share * bucket.users), max_items=bucket.items, key=rng)
+        return draw_slice(
+            interactions,
+            max_users=bucket.users,
+            max_items=bucket.items,
+            key=rng,
+            min_users=min(minima[0], interactions.num_users // 2),
+            min_items=minima[1],
+        )
+
+    return _first_that_splits(draw, name, "time" if timed else "leave-last-out")
+
+
+def _first_that_splits(draw: Any, name: str, split: Any) -> Domain:
+    failure: InvalidArgumentError | None = None
+    for attempt in range(_ATTEMPTS):
+        try:
+            return make_domain(draw(), name=name, split=split if attempt < _ATTEMPTS // 2 else "leave-last-out")
+        except InvalidArgumentError as error:
+            failure = error
+    raise InvalidArgumentError(f"no usable slice of {name} in {_ATTEMPTS} draws; the last: {failure}") from failure
+
+
+def build_pool(
+    sources: Mapping[str, Interactions],
+    bucket: Bucket,
+    *,
+    slices_per_domain: int,
+    num_simulated: int,
+    seed: int,
+    cache: Path | None = None,
+) -> TaskPool:
+    """Builds the tasks of one bucket, or reads them from the cache.
+
+    Args:
+      sources: positives of real domains by name; those too small for a slice are left out.
+      bucket: padded sizes.
+      slices_per_domain: slices drawn of each real domain.
+      num_simulated: simulated domains beside them.
+      seed: of every draw.
+      cache: folder for the pool; the key covers sources, bucket, counts and seed.
+
+    Raises:
+      InvalidArgumentError: no task could be made at all.
+    """
+    described = [(name, len(rows), rows.num_users, rows.num_items) for name, rows in sorted(sources.items())]
+    key = repr((described, bucket, slices_per_domain, num_simulated, seed, PROFILE_DESCRIPTORS))
+    path = cache / f"tasks-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz" if cache else None
+    if path and path.exists():
+        with np.load(path) as stored:
+            tasks = Task(*(stored[field] for field in Task._fields))
+            return TaskPool(
+                bucket=bucket, tasks=tasks, profiles=stored["profiles"], names=tuple(stored["names"].tolist())
+            )
+    domains = list(_domains(sources, bucket, slices_per_domain, num_simulated, seed))
+    if not domains:
+        raise InvalidArgumentError("no task: pass `sources` with real domains or `num_simulated` above 0")
+    pool = TaskPool(
+        bucket=bucket,
+        tasks=stack_tasks([make_task(domain, bucket, seed=index) for index, domain in enumerate(domains)]),
+        profiles=np.stack([profile_descriptors(domain.profile) for domain in domains]).astype(np.float32),
+        names=tuple(domain.name for domain in domains),
+    )
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, profiles=pool.profiles, names=np.array(pool.names), **pool.tasks._asdict())
+    return pool
+
+
+def _domains(
+    sources: Mapping[str, Interactions], bucket: Bucket, slices_per_domain: int, num_simulated: int, seed: int
+) -> Iterator[Domain]:
+    for order, name in enumerate(sorted(sources)):
+        for index in range(slices_per_domain):
+            try:
+                yield real_domain(name, sources[name], bucket, np.random.default_rng([seed, 0, order, index]))
+            except InvalidArgumentError:
+                break
+    for index in range(num_simulated):
+        yield simulated_domain(bucket, np.random.default_rng([seed, 1, index]))

@@ -1,0 +1,96 @@
+"""A trained controller, ready to start sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metalearn.controller.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from metalearn.controller.runtime import NumpyNetwork
+from metalearn.errors import CheckpointError
+from metalearn.spaces import CANONICAL_SPACE, HyperparameterSpace
+
+if TYPE_CHECKING:
+    from metalearn.profiles import DomainProfile
+    from metalearn.session import Session
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_DEFAULT_PLACES = (
+    _PACKAGE / "_checkpoints" / "default" / "controller.safetensors",  # inside a wheel
+    _PACKAGE.parent / "checkpoints" / "default" / "controller.safetensors",  # in a checkout
+)
+
+
+class Controller:
+    """Serves a checkpoint in NumPy.
+
+    Args:
+      checkpoint: from `load_checkpoint`, or made in memory.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.network = NumpyNetwork(checkpoint.network)
+        self.fingerprint = fingerprint(checkpoint)
+
+    def start(
+        self,
+        profile: DomainProfile,
+        space: HyperparameterSpace = CANONICAL_SPACE,
+        *,
+        roles: Sequence[str] = ("embedding",),
+        horizon: int | None = None,
+        batch_size: int | None = None,
+        interval: int | None = None,
+        initial: Sequence[dict[str, float]] | None = None,
+    ) -> Session:
+        """Starts a session on a domain; `ask` it for the start configuration.
+
+        Args:
+          profile: of the training interactions, from `profile_domain`.
+          space: the hyperparameters that the loop can change; others are left alone.
+          roles: of each parameter group: `embedding`, `dense`, `pretrained`, `adapter` or `head`.
+          horizon: optimizer steps of the whole run; None if nobody knows.
+          batch_size: training samples per step; None if nobody knows.
+          interval: steps between decisions; by default the horizon over the controller's number of decisions.
+          initial: per group, values to start from instead of the controller's own start: for optimizers it was not
+            trained on.
+
+        Raises:
+          InvalidArgumentError: an argument is out of range; the message names it.
+        """
+        from metalearn.session import Session
+
+        return Session(
+            self,
+            profile,
+            space,
+            roles=roles,
+            horizon=horizon,
+            batch_size=batch_size,
+            interval=interval,
+            initial=initial,
+        )
+
+
+def load_controller(path: str | Path | None = None) -> Controller:
+    """Loads a pretrained controller; nothing in the file is executed.
+
+    Args:
+      path: a checkpoint, or a folder that holds `controller.safetensors`; by default the one that ships with metalearn.
+
+    Raises:
+      CheckpointError: the file is missing, altered, or not a checkpoint; `SchemaMismatchError` if it is for another
+        version.
+    """
+    if path is None:
+        for place in _DEFAULT_PLACES:
+            if place.exists():
+                return Controller(load_checkpoint(place))
+        raise CheckpointError(
+            "this installation has no default checkpoint; pass `path`, or make one with scripts/meta_train.py"
+        )
+    path = Path(path)
+    return Controller(load_checkpoint(path / "controller.safetensors" if path.is_dir() else path))

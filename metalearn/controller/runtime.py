@@ -1,0 +1,68 @@
+"""The controller's networks in NumPy, for serving: no jax in the training job, microseconds per decision.
+
+Shape legend as in `metalearn.controller.network`, whose function this is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
+class NumpyNetwork:
+    """Evaluates trained parameters in float64.
+
+    Args:
+      params: flat mapping "module/parameter" -> array, as a checkpoint stores them.
+    """
+
+    def __init__(self, params: Mapping[str, np.ndarray]) -> None:
+        self._params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+
+    def _dense(self, name: str, x: np.ndarray) -> np.ndarray:
+        return x @ self._params[f"{name}/kernel"] + self._params[f"{name}/bias"]
+
+    @property
+    def hidden_size(self) -> int:
+        """Units of the recurrent state, per parameter group."""
+        return self._params["mix/bias"].shape[0]
+
+    def start(self, descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Maps scaled descriptors [D] to the gate [S] and the modifier before tanh [S]."""
+        code = np.tanh(self._dense("encoder", descriptors))
+        return _sigmoid(self._params["gate"]), self._dense("modifier", np.tanh(self._dense("start_hidden", code)))
+
+    def act(
+        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, descriptors: np.ndarray, role: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Advances the policy by one decision.
+
+        Args:
+          hidden: [G, H], zeros at the start.
+          group: [..., G, F] scaled group features; leading axes are variants of one observation.
+          run: [..., F] scaled run features, with the same leading axes.
+          descriptors: [D] scaled.
+          role: int [G].
+
+        Returns:
+          Action means before tanh, [..., G, A] and [..., B], and the next hidden state.
+        """
+        code = np.tanh(self._dense("encoder", descriptors))
+        constant = np.concatenate([code, hidden.mean(0)])
+        shared = np.concatenate([run, np.broadcast_to(constant, (*run.shape[:-1], constant.size))], axis=-1)
+        spread = np.broadcast_to(shared[..., None, :], (*group.shape[:-1], shared.shape[-1]))
+        inputs = np.concatenate([group, spread], axis=-1)
+        mixed = np.tanh(self._dense("mix", inputs) + self._params["role"][role])
+        size = self.hidden_size
+        from_input = self._dense("recurrent/input", mixed)
+        from_hidden = self._dense("recurrent/hidden", hidden)
+        reset = _sigmoid(from_input[..., :size] + from_hidden[:, :size])
+        update = _sigmoid(from_input[..., size : 2 * size] + from_hidden[:, size : 2 * size])
+        new = np.tanh(from_input[..., 2 * size :] + reset * from_hidden[:, 2 * size :])
+        hidden = (1.0 - update) * new + update * hidden
+        return self._dense("group_head", hidden), self._dense("run_head", hidden.mean(-2)), hidden

@@ -1,0 +1,51 @@
+"""The protocol between meta-training and whatever trains a model: simulated, JAX or PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from metalearn.controller.actions import Values
+from metalearn.signals import IntervalStatistics
+
+
+class Plan(NamedTuple):
+    """The steps of one interval."""
+
+    num_steps: Any
+    """optimizer steps to take, at least 2 (a probe needs a pair)"""
+    first_step: Any
+    """steps taken before this interval"""
+    horizon: Any
+    """steps of the whole run, NaN if the controller is not told"""
+    single_group: Any
+    """whether the loop put all parameters into one group: the first [G] value then holds, the others are NaN"""
+
+
+@runtime_checkable
+class Environment(Protocol):
+    """Trains a model on a task, an interval at a time.
+
+    `reset` and `step` are pure where the environment is jitted; a PyTorch one hands the same (mutated) state back.
+    """
+
+    @property
+    def num_groups(self) -> int:
+        """Parameter groups, the G of every [G] value."""
+        ...
+
+    @property
+    def samples_per_step(self) -> int:
+        """Training samples that one step consumes."""
+        ...
+
+    def reset(self, task: Any, *, key: Any) -> Any:
+        """Returns the state of a freshly initialised model."""
+        ...
+
+    def step(self, task: Any, state: Any, values: Values, plan: Plan, *, key: Any) -> tuple[Any, IntervalStatistics]:
+        """Trains one interval under `values` times the base schedule, validates, and measures."""
+        ...
+
+    def score(self, task: Any, state: Any) -> Any:
+        """Returns the test metric of the weights that validated best; 0 if the run diverged."""
+        ...

@@ -1,0 +1,77 @@
+"""The model card: what a controller was trained on, what it did on validation domains, where not to trust it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from metalearn.controller.checkpoint import Checkpoint
+from metalearn.controller.config import CONTROLLED
+
+_TEMPLATE = """# Model card: metalearn controller
+
+Maps what a recommendation domain looks like, and how training is going, to learning rate, weight decay, beta1 (per
+parameter group) and dropout. Written by `scripts/meta_train.py`; everything below is in the checkpoint's header.
+
+## Trained on
+- Learner: matrix factorisation with the BPR loss and AdamW; sizes (users x items): {sizes}.
+- {num_tasks} tasks: slices of {num_domains} real domains, and simulated domains beside them.
+- Real domains: {domains}.
+- {episodes} episodes of {num_decisions} decisions; preset `{preset}`, seed {seed}, commit {commit}.
+
+## Base
+The configuration that did best on average over the search's trials, with cosine decay (known horizon) or held with
+averaged iterates (unknown horizon). An untrained or out-of-range controller is exactly this.
+
+| horizon | {names} |
+|---|{rules}|
+{base}
+
+## Validation
+Mean gain in log((NDCG@10 + 0.02) / (popularity + 0.02)) of one controlled run over the base schedule, on slices of
+domains that were never trained on ({validation_domains}). These chose the released iteration, so they flatter it; test
+figures are in the README.
+
+| figure | value |
+|---|---|
+{figures}
+
+## Limits
+- Meta-trained on one model family. On others it has not been measured.
+- Where a domain's descriptors leave the training range, actions shrink; far outside, the base schedule runs as it is.
+- Trained for horizons of {horizons} optimizer steps and 20 decisions.
+"""
+
+
+def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
+    """Writes the card beside a checkpoint, from its provenance alone."""
+    provenance, config = checkpoint.provenance, checkpoint.config
+    training = provenance["meta_training"]
+    steps = [bound for bounds in training["steps_range"] for bound in bounds]
+    rows = []
+    for told, label in ((1, "known"), (0, "unknown")):
+        cells = (
+            config.space[name].decode(float(value))
+            for name, value in zip(CONTROLLED, checkpoint.base[told], strict=True)
+        )
+        rows.append(f"| {label} | " + " | ".join(f"{cell:.4g}" for cell in cells) + " |")
+    path.write_text(
+        _TEMPLATE.format(
+            sizes=", ".join(
+                f"{b['users']} x {b['items']} (d {b['dim']}, batch {b['batch']})" for b in provenance["buckets"]
+            ),
+            num_tasks=sum(provenance["tasks"]),
+            num_domains=len(provenance["domains"]),
+            domains=", ".join(provenance["domains"]) or "none",
+            episodes=provenance["episodes"],
+            num_decisions=config.num_decisions,
+            preset=provenance["preset"],
+            seed=training["seed"],
+            commit=provenance["commit"],
+            names=" | ".join(CONTROLLED),
+            rules="---|" * (len(CONTROLLED) - 1) + "---",
+            base="\n".join(rows),
+            validation_domains=", ".join(provenance["validation_domains"]) or "simulated ones",
+            figures="\n".join(f"| {name} | {value:+.4f} |" for name, value in provenance["validation"].items()),
+            horizons=f"{min(steps) * config.num_decisions} to {max(steps) * config.num_decisions}",
+        )
+    )

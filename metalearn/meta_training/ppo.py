@@ -1,0 +1,231 @@
+"""Proximal policy optimisation with grouped rollouts (Schulman et al., 2017; group-centred as in Shao et al., 2024).
+
+Rollouts of one group share task and initialisation: advantages are centred within the group, so that differences
+between domains, which exceed those within one, cancel. Returns are undiscounted; generalised advantage estimation has
+λ = 0.95.
+
+Shape legend: N episode, T decision, G parameter group, A group action, B global action.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+
+from metalearn.controller import network
+from metalearn.controller.config import CONTROLLED, GROUP_CONTROLLED, ControllerConfig
+from metalearn.meta_training.rollout import Episode, PolicyParams, Prior, observe
+from metalearn.meta_training.runner import CHUNK
+from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, SignalFeatures
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Settings of the estimator.
+
+    Args:
+      learning_rate: of Adam on policy and critic.
+      clip: of the probability ratio.
+      gae: λ.
+      num_epochs, num_minibatches: passes over a batch of rollouts, and parts of each.
+      initial_log_std, initial_start_log_std: of the action noise before tanh; in-run and start.
+      entropy: weight of the noise's log standard deviation, which keeps exploration from dying.
+      start_weight: weight of the start's part of the objective, one decision an episode.
+      transfer_penalty: weight of ‖gate · tanh(modifier)‖².
+    """
+
+    learning_rate: float = 1e-3
+    clip: float = 0.3
+    gae: float = 0.95
+    num_epochs: int = 4
+    num_minibatches: int = 4
+    initial_log_std: float = -0.7
+    initial_start_log_std: float = -1.0
+    entropy: float = 1e-3
+    start_weight: float = 0.1
+    transfer_penalty: float = 0.02
+
+
+class Critic(nn.Module):
+    """Predicts the rest of an episode's reward from one observation; used in meta-training only."""
+
+    @nn.compact
+    def __call__(self, observation: network.Observation) -> Any:
+        weights = observation.group_mask[:, None] / observation.group_mask.sum()
+        pooled = (weights * observation.group).sum(0)
+        x = jnp.concatenate([observation.run, pooled, observation.descriptors])
+        x = jnp.tanh(nn.Dense(64)(x))
+        x = jnp.tanh(nn.Dense(64)(x))
+        return nn.Dense(1, kernel_init=nn.initializers.zeros)(x)[0]
+
+
+class Targets(NamedTuple):
+    """Fixed parts of one batch's objective."""
+
+    log_prob: Any
+    """[N, T - 1]"""
+    start_log_prob: Any
+    """[N]"""
+    advantage: Any
+    """[N, T - 1]"""
+    start_advantage: Any
+    """[N]"""
+    value: Any
+    """[N, T - 1] return to predict"""
+
+
+def init(config: ControllerConfig, settings: PPOConfig, *, key: jax.Array) -> PolicyParams:
+    """Makes policy and critic parameters; the policy's heads are zero."""
+    key_network, key_critic = jax.random.split(key)
+    observation = network.Observation(
+        jnp.zeros((1, len(GROUP_FEATURES))),
+        jnp.zeros(len(GLOBAL_FEATURES)),
+        jnp.zeros(len(config.descriptors)),
+        jnp.zeros(1, jnp.int32),
+        jnp.ones(1),
+    )
+    return PolicyParams(
+        network=network.init(config, key=key_network),
+        critic=Critic().init(key_critic, observation)["params"],
+        log_std=jnp.full(len(CONTROLLED), settings.initial_log_std, jnp.float32),
+        start_log_std=jnp.full(len(CONTROLLED), settings.initial_start_log_std, jnp.float32),
+    )
+
+
+def optimizer(settings: PPOConfig) -> optax.GradientTransformation:
+    """Returns Adam with clipped gradients."""
+    return optax.chain(optax.clip_by_global_norm(0.5), optax.adam(settings.learning_rate, eps=1e-5))
+
+
+def _log_normal(action: Any, mean: Any, log_std: Any) -> Any:
+    return -0.5 * ((action - mean) / jnp.exp(log_std)) ** 2 - log_std
+
+
+def _replay(
+    config: ControllerConfig, params: PolicyParams, prior: Prior, episode: Episode
+) -> tuple[Any, Any, Any, Any]:
+    """Recomputes one episode: log-probabilities, values, start log-probability, start shift."""
+    num_groups = episode.group.shape[1]
+    split = len(GROUP_CONTROLLED)
+
+    def one(hidden, inputs):
+        group, run, action = inputs
+        observation, _ = observe(
+            SignalFeatures(group, run), episode.descriptors, prior, episode.role, episode.group_mask
+        )
+        mean, hidden = network.act(config, params.network, hidden, observation)
+        taken = action[: num_groups * split].reshape(num_groups, split)
+        log_prob = (_log_normal(taken, mean.group, params.log_std[:split]) * episode.group_mask[:, None]).sum()
+        log_prob += _log_normal(action[num_groups * split :], mean.run, params.log_std[split:]).sum()
+        value = Critic().apply({"params": params.critic}, observation)
+        return hidden, (log_prob, value)
+
+    hidden = jnp.zeros((num_groups, config.hidden_size))
+    _, (log_prob, value) = jax.lax.scan(one, hidden, (episode.group, episode.run, episode.action))
+    first = SignalFeatures(episode.group[0], episode.run[0])
+    observation, _ = observe(first, episode.descriptors, prior, episode.role, episode.group_mask)
+    proposal = network.start(config, params.network, observation.descriptors)
+    start_log_prob = _log_normal(episode.start_action, proposal.modifier, params.start_log_std).sum()
+    return log_prob, value, start_log_prob, proposal.gate * jnp.tanh(proposal.modifier)
+
+
+@cache
+def make_update(config: ControllerConfig, settings: PPOConfig) -> Any:
+    """Compiles `update(params, optimizer_state, prior, episodes, key) -> (params, optimizer_state, metrics)`."""
+    transform = optimizer(settings)
+
+    def replay(params, prior, episodes):
+        return jax.vmap(lambda episode: _replay(config, params, prior, episode))(episodes)
+
+    def targets(params, prior, episodes) -> Targets:
+        log_prob, value, start_log_prob, _ = replay(params, prior, episodes)
+        reward = episodes.reward[:, 1:]
+        next_value = jnp.concatenate([value[:, 1:], jnp.zeros_like(value[:, :1])], axis=1)
+        delta = reward + next_value - value
+
+        def backward(carry, column):
+            carry = column + settings.gae * carry
+            return carry, carry
+
+        _, advantage = jax.lax.scan(backward, jnp.zeros(delta.shape[0]), delta.T, reverse=True)
+        advantage = advantage.T
+        total = episodes.reward.sum(1)
+
+        def centred(x):
+            groups = x.reshape(-1, CHUNK, *x.shape[1:])
+            return (groups - groups.mean(1, keepdims=True)).reshape(x.shape)
+
+        centred_advantage, centred_total = centred(advantage), centred(total)
+        return Targets(
+            log_prob,
+            start_log_prob,
+            centred_advantage / (centred_advantage.std() + 1e-8),
+            centred_total / (centred_total.std() + 1e-8),
+            advantage + value,
+        )
+
+    def surrogate(new, old, advantage):
+        ratio = jnp.exp(new - old)
+        return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - settings.clip, 1 + settings.clip) * advantage).mean()
+
+    def loss_fn(params, prior, episodes, target: Targets):
+        log_prob, value, start_log_prob, shift = replay(params, prior, episodes)
+        policy = surrogate(log_prob, target.log_prob, target.advantage)
+        start = surrogate(start_log_prob, target.start_log_prob, target.start_advantage)
+        critic = optax.huber_loss(value, target.value).mean()
+        penalty = settings.transfer_penalty * (shift**2).sum(-1).mean()
+        entropy = settings.entropy * (params.log_std.sum() + params.start_log_std.sum())
+        metrics = {
+            "policy_loss": policy,
+            "start_loss": start,
+            "critic_loss": critic,
+            "kl": (target.log_prob - log_prob).mean(),
+            "shift": jnp.abs(shift).mean(),
+        }
+        return policy + settings.start_weight * start + critic + penalty - entropy, metrics
+
+    @jax.jit
+    def update(params, state, prior, episodes, key):
+        target = targets(params, prior, episodes)
+        num_groups = episodes.reward.shape[0] // CHUNK
+
+        def step(carry, rows):
+            params, state = carry
+            part = jax.tree.map(lambda leaf: leaf[rows], episodes)
+            (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, prior, part, jax.tree.map(lambda leaf: leaf[rows], target)
+            )
+            updates, state = transform.update(gradient, state, params)
+            params = cast(PolicyParams, optax.apply_updates(params, updates))
+            params = params._replace(
+                log_std=jnp.clip(params.log_std, -2.0, 0.0), start_log_std=jnp.clip(params.start_log_std, -2.5, 0.0)
+            )
+            return (params, state), metrics
+
+        def epoch(carry, key):
+            order = jax.random.permutation(key, num_groups)
+            size = num_groups // settings.num_minibatches
+            groups = order[: size * settings.num_minibatches].reshape(settings.num_minibatches, size)
+            rows = (groups[:, :, None] * CHUNK + jnp.arange(CHUNK)).reshape(settings.num_minibatches, size * CHUNK)
+            return jax.lax.scan(step, carry, rows)
+
+        (params, state), metrics = jax.lax.scan(epoch, (params, state), jax.random.split(key, settings.num_epochs))
+        return params, state, jax.tree.map(jnp.mean, metrics)
+
+    return update
+
+
+def summarize(episodes: Episode) -> dict[str, float]:
+    """Returns means over a batch, for the log."""
+    return {
+        "return": float(np.mean(episodes.reward.sum(1))),
+        "score": float(np.mean(episodes.score)),
+        "start_action_abs": float(np.mean(np.abs(episodes.start_action))),
+    }

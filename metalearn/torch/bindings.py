@@ -1,0 +1,293 @@
+"""What of an optimizer and a model a controller can change, and how it is changed for the time of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from metalearn.controller.config import GROUP_CONTROLLED, ROLES
+from metalearn.errors import InvalidArgumentError, SessionError
+from metalearn.spaces import CANONICAL_SPACE, HyperparameterSpace
+
+_DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout)
+_ADAM_FAMILY = (torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
+
+
+def dropout_modules(model: torch.nn.Module | None) -> list[Any]:
+    """Returns the dropout layers of a model."""
+    return [module for module in model.modules() if isinstance(module, _DROPOUTS)] if model is not None else []
+
+
+def infer_roles(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> list[str]:
+    """Returns each group's role: what its "role" key says, else `embedding` if most of it lies in embedding tables.
+
+    Without a model a group of matrices only counts as embeddings, anything else as `dense`.
+    """
+    tables: set[int] | None = None
+    if model is not None:
+        kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, kinds)}
+    roles = []
+    for index, group in enumerate(optimizer.param_groups):
+        role = group.get("role")
+        if role is not None and role not in ROLES:
+            raise InvalidArgumentError(f"`role` of parameter group {index} must be among {ROLES}, got {role!r}")
+        params = group["params"]
+        total = sum(p.numel() for p in params)
+        if tables is None:
+            embedded = total if all(p.ndim == 2 for p in params) else 0
+        else:
+            embedded = sum(p.numel() for p in params if id(p) in tables)
+        roles.append(role or ("embedding" if 2 * embedded > total else "dense"))
+    return roles
+
+
+class Bindings:
+    """Binds controlled hyperparameters to one optimizer and model.
+
+    Values are in force only while `optimizer.step` runs: a hook before it sets them, one after it puts back what was
+    there. Other schedulers and whoever reads `param_groups` therefore see their own values, to the bit. The learning
+    rate is the controller's times what other schedulers have made of the group's initial one.
+
+    Args:
+      optimizer: any torch optimizer.
+      model: whose dropout layers are bound; None binds none.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
+        self._optimizer = optimizer
+        self._dropouts = dropout_modules(model)
+        self._own_dropouts = [module.p for module in self._dropouts]
+        self._initial_rates = [self._initial_rate(i, group) for i, group in enumerate(optimizer.param_groups)]
+        self.masked: dict[str, str] = self._masks()
+        self.steps = 0
+        """optimizer steps done"""
+        self.seconds = 0.0
+        """wall-clock seconds that the hooks took"""
+        self._values: list[Any] = []
+        self._factors: Iterator[float] = iter(())
+        self._applied: tuple[list[Any], list[Any], float] | None = None
+        self._in_force = self._stepping = False
+        self._rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._prepare: Callable[[], Sequence[float]]
+        self._finish: Callable[[], None] | None = None
+        self._hooks: list[Any] = []
+
+    @property
+    def uses_prior(self) -> bool:
+        """Whether the controller's start configuration, learnt with AdamW, carries over to this optimizer."""
+        return isinstance(self._optimizer, _ADAM_FAMILY)
+
+    @property
+    def space(self) -> HyperparameterSpace:
+        """The bound part of the canonical space.
+
+        Raises:
+          InvalidArgumentError: nothing of this optimizer can be changed.
+        """
+        names = [n for n in ("learning_rate", "weight_decay", "beta1", "dropout") if n not in self.masked]
+        if not names:
+            raise InvalidArgumentError(
+                f"nothing of `optimizer` can be controlled: {self.masked}; pass another optimizer"
+            )
+        return CANONICAL_SPACE.subset(names)
+
+    def initial(self) -> list[dict[str, float]]:
+        """Returns the groups' own values, under canonical names."""
+        groups = zip(self._optimizer.param_groups, self._initial_rates, strict=True)
+        return [
+            {name: value for name, value in _own_values(group, rate).items() if name not in self.masked}
+            for group, rate in groups
+        ]
+
+    def _masks(self) -> dict[str, str]:
+        masked: dict[str, str] = {}
+        groups = self._optimizer.param_groups
+        if any(isinstance(group["lr"], torch.Tensor) for group in groups):
+            masked["learning_rate"] = "the learning rate is a tensor; pass a float"
+        if any("weight_decay" not in group for group in groups):
+            masked["weight_decay"] = f"{type(self._optimizer).__name__} has no weight decay"
+        elif not all(isinstance(self._optimizer, torch.optim.AdamW) or g.get("decoupled_weight_decay") for g in groups):
+            masked["weight_decay"] = "its weight decay is not decoupled (use AdamW)"
+        if any("betas" not in group and not group.get("momentum") for group in groups):
+            masked["beta1"] = "a parameter group has no betas and no momentum"
+        elif any(isinstance(group.get("betas", (0.0,))[0], torch.Tensor) for group in groups):
+            masked["beta1"] = "betas are tensors; pass floats"
+        if not self._dropouts:
+            masked["dropout"] = "`model` was not given or has no dropout layer"
+        if not self.uses_prior:  # such a run starts from its own values, which therefore must be expressible
+            for group, rate in zip(groups, self._initial_rates, strict=True):
+                for name, value in _own_values(group, rate).items():
+                    known = CANONICAL_SPACE[name]
+                    if name not in masked and not known.low <= value <= known.high:
+                        masked[name] = f"{value:g} lies outside the controlled range [{known.low:g}, {known.high:g}]"
+        return masked
+
+    @staticmethod
+    def _initial_rate(index: int, group: Mapping[str, Any]) -> float:
+        rate = float(group.get("initial_lr", group["lr"]))
+        if not rate > 0:
+            raise InvalidArgumentError(
+                f"learning rate of parameter group {index} must be positive, got {rate}; other schedulers' factors are "
+                "taken relative to it"
+            )
+        return rate
+
+    def set_dropout(self, value: float) -> None:
+        """Sets every dropout layer."""
+        for module in self._dropouts:
+            module.p = value
+
+    def attach(self, prepare: Callable[[], Sequence[float]], finish: Callable[[], None] | None) -> None:
+        """Registers the hooks.
+
+        Args:
+          prepare: returns the base schedule's factors on the learning rates for as many coming steps as it likes, at
+            least one; called before a step when they are used up.
+          finish: called after every step.
+        """
+        self._prepare, self._finish = prepare, finish
+        self._hooks = [
+            self._optimizer.register_step_pre_hook(self._before_step),
+            self._optimizer.register_step_post_hook(self._after_step),
+            # A step that raised has left its values in the groups: never save those, never put back what is older.
+            self._optimizer.register_state_dict_pre_hook(lambda _: self._restore()),
+            self._optimizer.register_load_state_dict_post_hook(lambda _: self._forget()),
+        ]
+
+    def take(self, groups: Sequence[Mapping[str, float]]) -> None:
+        """Takes the values of the steps to come.
+
+        Args:
+          groups: per parameter group, canonical name to value.
+        """
+        self._values = [
+            (*(values.get(name) for name in GROUP_CONTROLLED), "betas" if "betas" in group else "momentum", initial)
+            for group, values, initial in zip(self._optimizer.param_groups, groups, self._initial_rates, strict=True)
+        ]
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        # One function on purpose: the training step empties the processor's caches, and every call is then dear.
+        began = perf_counter()
+        if self._in_force and self._applied is not None:
+            # The same step again: it raised, or a subclass's step calls its parent's and torch runs the hooks of both.
+            self._put_back()
+            factor = self._applied[2]
+        else:
+            factor = next(self._factors, None)
+            if factor is None:
+                self._factors = iter(self._prepare())
+                factor = next(self._factors)
+        groups, values = optimizer.param_groups, self._values
+        if len(groups) != len(values):
+            raise SessionError(
+                f"the optimizer has {len(groups)} parameter groups and had {len(values)} when the MetaScheduler was "
+                "made; detach that and make a new one after add_param_group"
+            )
+        found = []
+        for group, (rate, decay, beta1, key, initial) in zip(groups, values, strict=True):
+            own_rate: Any = group["lr"]
+            own_momentum: Any = group.get(key)
+            found.append((own_rate, group.get("weight_decay"), own_momentum))
+            if rate is not None:
+                group["lr"] = rate * factor * (own_rate / initial)
+            if decay is not None:
+                group["weight_decay"] = decay
+            if beta1 is not None:
+                group[key] = (beta1, *own_momentum[1:]) if key == "betas" else beta1
+        self._applied, self._in_force, self._stepping = (found, values, factor), True, True
+        self.seconds += perf_counter() - began
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        if not self._stepping:  # of a subclass's step, whose parent's was counted
+            return
+        began = perf_counter()
+        self._put_back()
+        self._stepping = False
+        self.steps += 1
+        if self._finish is not None:
+            self._finish()
+        self.seconds += perf_counter() - began
+
+    def _put_back(self) -> None:
+        """Puts back what the hook before the step found."""
+        if not self._in_force or self._applied is None:
+            return
+        found, values, _ = self._applied
+        for group, own, (rate, decay, beta1, key, _) in zip(self._optimizer.param_groups, found, values, strict=False):
+            if rate is not None:
+                group["lr"] = own[0]
+            if decay is not None:
+                group["weight_decay"] = own[1]
+            if beta1 is not None:
+                group[key] = own[2]
+        self._in_force = False
+
+    def _restore(self) -> None:
+        """Puts back what a step that raised has left."""
+        if self._in_force:
+            self._put_back()
+            self._factors = iter(())
+
+    def _forget(self) -> None:
+        """Drops what was found: the optimizer has been loaded with other values since."""
+        self._in_force = False
+        self._factors = iter(())
+
+    def last_rates(self) -> list[float]:
+        """Returns the learning rates of the last step; before the first, the groups' own."""
+        if self._applied is None:
+            return list(self._rates)
+        found, values, multiplier = self._applied
+        return [
+            float(own[0] if rate is None else rate * multiplier * (own[0] / initial))
+            for own, (rate, *_, initial) in zip(found, values, strict=True)
+        ]
+
+    def release(self) -> bool:
+        """Removes the hooks, and gives groups and dropout layers back what was theirs.
+
+        Returns:
+          Whether there was anything to remove; a second call does nothing.
+        """
+        if not self._hooks:
+            return False
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._restore()
+        for module, value in zip(self._dropouts, self._own_dropouts, strict=True):
+            module.p = value
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs.
+
+        The initial rates are in it, since other schedulers' factors are relative to them, and a resumed run may make
+        this object when the optimizer's state, with decayed rates, is loaded already.
+        """
+        return {
+            "steps": self.steps,
+            "initial_rates": list(self._initial_rates),
+            "last_rates": self.last_rates(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverts `state_dict`; `take` must follow."""
+        self._restore()
+        self.steps = int(state["steps"])
+        self._initial_rates, self._rates = list(state["initial_rates"]), list(state["last_rates"])
+        self._applied, self._factors = None, iter(())
+
+
+def _own_values(group: Mapping[str, Any], rate: float) -> dict[str, float]:
+    """Returns what a parameter group has of the controlled hyperparameters, under canonical names."""
+    own = {"learning_rate": rate}
+    if "betas" in group or group.get("momentum"):
+        own["beta1"] = float(group["betas"][0] if "betas" in group else group["momentum"])
+    if "weight_decay" in group:
+        own["weight_decay"] = float(group["weight_decay"])
+    return own

@@ -1,0 +1,43 @@
+"""Settings that every test runs under: CPU, offline, deterministic, nothing written outside temporary folders."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# In the environment rather than through `jax.config`, so that they hold in subprocesses too, and no test that does
+# without JAX or PyTorch pays for importing them. They must be set before those are imported, so before any test module.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.update(
+    JAX_ENABLE_X64="0",
+    JAX_NUMPY_DTYPE_PROMOTION="strict",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    MPLBACKEND="Agg",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+)
+
+hypothesis.settings.register_profile(
+    "deterministic",
+    derandomize=True,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("deterministic")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Send what third-party libraries cache and log to a folder that goes when the run ends."""
+    folder = tempfile.TemporaryDirectory(prefix="metalearn-tests-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    for variable in ("HF_DATASETS_CACHE", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        path = Path(folder.name, variable.lower())
+        path.mkdir()
+        os.environ[variable] = str(path)

@@ -1,0 +1,208 @@
+"""The loop: draws are pure functions of the config, a killed run resumes to the bit, and a checkpoint comes out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from envs.tasks import TaskPool
+from metalearn.controller import CONTROLLED, Checkpoint, Controller, ControllerConfig, load_controller, save_checkpoint
+from metalearn.errors import InvalidArgumentError, SessionError
+from metalearn.meta_training import ppo
+from metalearn.meta_training.loop import MetaTrainConfig, evaluate, iteration_chunks, meta_train, validation_chunks
+from metalearn.meta_training.model_card import write_model_card
+from metalearn.meta_training.rollout import PolicyParams, Prior
+from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner
+from tests.intervals import make_interval, make_profile
+from tests.meta_training.toy import ToyPool
+
+CONFIG = MetaTrainConfig(
+    num_iterations=4,
+    groups_per_pool=(2,),
+    steps_range=((2, 5),),
+    search_tasks=(3,),
+    search_configurations=(8,),
+    validate_every=2,
+    validation_episodes=6,
+    ppo=ppo.PPOConfig(num_epochs=1, num_minibatches=2),
+)
+PROVENANCE = {
+    "domains": [],
+    "validation_domains": [],
+    "tasks": [2],
+    "buckets": [{"users": 128, "items": 96, "dim": 4, "batch": 32}],
+    "commit": "unknown",
+    "preset": "tests",
+}
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def same_chunks(one: list[Chunk], other: list[Chunk]) -> bool:
+    return [(a.pool, a.num_steps) for a in one] == [(b.pool, b.num_steps) for b in other] and all(
+        np.array_equal(x, y, equal_nan=True)
+        for a, b in zip(one, other, strict=True)
+        for x, y in zip(a.spec, b.spec, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def toy(config: ControllerConfig) -> RolloutRunner:
+    return RolloutRunner([ToyPool()], config, devices=jax.local_devices()[:1])
+
+
+@pytest.mark.parametrize("name", ["num_iterations", "validate_every", "validation_episodes", "patience"])
+def test_counts_must_be_positive(name: str):
+    with pytest.raises(InvalidArgumentError, match=f"`{name}` must be a positive int, got 0"):
+        replace(CONFIG, **{name: 0})
+
+
+def test_groups_must_fill_the_minibatches():
+    with pytest.raises(
+        InvalidArgumentError, match=r"`groups_per_pool` must sum to a multiple of 2 minibatches, got \(3,\)"
+    ):
+        replace(CONFIG, groups_per_pool=(3,))
+
+
+def test_an_iteration_s_draws_are_a_function_of_config_and_iteration(toy: RolloutRunner):
+    config = replace(CONFIG, groups_per_pool=(8,))
+    one, again, other = (iteration_chunks(config, toy, iteration) for iteration in (3, 3, 4))
+    assert same_chunks(one, again)
+    assert not same_chunks(one, other)
+    assert not same_chunks(one, iteration_chunks(replace(config, seed=1), toy, 3))
+    assert len(one) == 8
+    for chunk in one:
+        assert 2 <= chunk.num_steps <= 5
+        assert len(set(chunk.spec.task.tolist())) == len(set(chunk.spec.initialization.tolist())) == 1
+        assert len(set(chunk.spec.exploration.tolist())) == CHUNK
+        assert np.isnan(chunk.spec.start).all()
+    assert Counter(int(chunk.spec.task[0]) for chunk in one) == {0: 4, 1: 4}
+
+
+def test_shares_of_told_horizons_and_single_groups(toy: RolloutRunner):
+    config = replace(CONFIG, told_share=0.75, single_group_share=0.3, groups_per_pool=(400,))
+    chunks = iteration_chunks(config, toy, 0)
+    assert np.mean([chunk.spec.horizon_told[0] for chunk in chunks]) == pytest.approx(0.75, abs=0.06)
+    assert np.mean([chunk.spec.single_group[0] for chunk in chunks]) == pytest.approx(0.3, abs=0.06)
+
+
+def test_validation_episodes_are_fixed(toy: RolloutRunner):
+    told, untold = (validation_chunks(CONFIG, toy, horizon_told=told) for told in (True, False))
+    assert same_chunks(told, validation_chunks(CONFIG, toy, horizon_told=True))
+    assert all(chunk.spec.horizon_told.all() for chunk in told)
+    assert not any(chunk.spec.horizon_told.any() for chunk in untold)
+    for a, b in zip(told, untold, strict=True):
+        np.testing.assert_array_equal(a.spec.initialization, b.spec.initialization)
+
+
+def test_the_baseline_is_the_base_whatever_the_policy(
+    toy: RolloutRunner, untrained: PolicyParams, acting: PolicyParams, prior: Prior
+):
+    results = [evaluate(CONFIG, toy, params, prior, act=False, base=True) for params in (untrained, acting)]
+    acted = evaluate(CONFIG, toy, acting, prior, act=True, base=False)
+    idle = evaluate(CONFIG, toy, untrained, prior, act=True, base=False)
+    for told in (True, False):
+        np.testing.assert_array_equal(results[0][told][0], results[1][told][0])
+        np.testing.assert_allclose(idle[told][0], results[0][told][0], atol=1e-5)
+        assert not np.allclose(acted[told][0], results[0][told][0], atol=1e-3)
+        assert set(results[0][told][1]) == {"low/0", "high/0"}
+
+
+def run(
+    config: MetaTrainConfig,
+    controller: ControllerConfig,
+    pool: Any,
+    directory: Path,
+    *,
+    interrupt_at: int | None = None,
+) -> tuple[Checkpoint, list[dict[str, Any]]]:
+    records: list[dict[str, Any]] = []
+
+    def log(record: dict[str, Any]) -> None:
+        records.append(record)
+        if record["phase"] == "train" and record["iteration"] == interrupt_at:
+            raise Interrupted
+
+    checkpoint = meta_train(config, controller, [pool], [pool], directory=directory, log=log, provenance=PROVENANCE)
+    return checkpoint, records
+
+
+def assert_same_checkpoint(one: Checkpoint, other: Checkpoint) -> None:
+    assert json.dumps(one.provenance, sort_keys=True) == json.dumps(other.provenance, sort_keys=True)
+    assert set(one.network) == set(other.network)
+    pairs = [(one.network[name], other.network[name]) for name in one.network]
+    for a, b in [*pairs, (one.base, other.base), *zip(one.normalizer, other.normalizer, strict=True)]:
+        np.testing.assert_array_equal(a, b)
+
+
+def losses(records: list[dict[str, Any]]) -> dict[int, float]:
+    return {record["iteration"]: record["critic_loss"] for record in records if record["phase"] == "train"}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("interrupt_at", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_an_interrupted_run_resumes_to_the_bit(config: ControllerConfig, tmp_path: Path, interrupt_at: int):
+    whole, whole_records = run(CONFIG, config, ToyPool(), tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(CONFIG, config, ToyPool(), tmp_path / "cut", interrupt_at=interrupt_at)
+    resumed, resumed_records = run(CONFIG, config, ToyPool(), tmp_path / "cut")
+    assert_same_checkpoint(whole, resumed)
+    # It went on from the last evaluation, and saw the same losses from there on.
+    since = interrupt_at - interrupt_at % CONFIG.validate_every
+    assert losses(resumed_records) == {k: v for k, v in losses(whole_records).items() if k > since}
+    assert all(record["phase"] != "search" for record in resumed_records)
+    finished, records = run(CONFIG, config, ToyPool(), tmp_path / "cut")  # nothing is left to do
+    assert_same_checkpoint(whole, finished)
+    assert losses(records) == {}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_folder_of_another_config_is_refused(config: ControllerConfig, tmp_path: Path):
+    with pytest.raises(Interrupted):
+        run(CONFIG, config, ToyPool(), tmp_path, interrupt_at=1)
+    with pytest.raises(
+        SessionError, match="holds a meta-training run with another config or other tasks; pass another --output"
+    ):
+        run(replace(CONFIG, seed=1), config, ToyPool(), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_patience_ends_a_run(config: ControllerConfig, tmp_path: Path):
+    frozen = replace(CONFIG, num_iterations=50, patience=1, ppo=replace(CONFIG.ppo, learning_rate=0.0))
+    checkpoint, records = run(frozen, config, ToyPool(), tmp_path)
+    assert max(losses(records)) < 5
+    assert checkpoint.provenance["best_iteration"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_training_on_recommenders_makes_a_controller(config: ControllerConfig, pool: TaskPool, tmp_path: Path):
+    """About a minute: compiles search, rollouts and update for the tiny bucket."""
+    checkpoint, records = run(CONFIG, config, pool, tmp_path / "state")
+    path = save_checkpoint(checkpoint, tmp_path / "controller.safetensors")
+    controller = load_controller(path)
+    assert_same_checkpoint(controller.checkpoint, checkpoint)
+    assert_controls(controller)
+    phases = Counter(record["phase"] for record in records)
+    assert phases == {"search": 1, "supervised start": 1, "validate": 3, "train": 4}
+    assert all(np.isfinite(value) for r in records for value in r.values() if isinstance(value, float))
+    write_model_card(checkpoint, path.with_name("README.md"))
+    card = path.with_name("README.md").read_text()
+    for name in (*CONTROLLED, "validation/gain/known", "128 x 96", "simulated ones"):
+        assert name in card
+
+
+def assert_controls(controller: Controller) -> None:
+    session = controller.start(make_profile(), roles=("embedding", "embedding"), horizon=100, batch_size=32)
+    decisions = [session.ask(), *(session.tell(make_interval()) for _ in range(4))]
+    assert all(np.isfinite(value) for d in decisions for group in d.groups for value in group.values())

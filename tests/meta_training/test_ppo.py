@@ -1,0 +1,143 @@
+"""The estimator: it finds what a toy environment rewards, deterministically and without recompiling."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from metalearn.controller import CONTROLLED, ControllerConfig
+from metalearn.meta_training import ppo
+from metalearn.meta_training.environment import Environment
+from metalearn.meta_training.rollout import Episode, PolicyParams, Prior
+from metalearn.meta_training.runner import CHUNK, RolloutRunner, concatenate, make_chunk
+from tests.meta_training.toy import ToyEnvironment, ToyPool
+
+SETTINGS = ppo.PPOConfig(learning_rate=5e-3, num_epochs=4, num_minibatches=2)
+NUM_GROUPS = 4
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture(scope="module")
+def toy(config: ControllerConfig) -> RolloutRunner:
+    return RolloutRunner([ToyPool()], config, devices=jax.local_devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def update(config: ControllerConfig):
+    """One compiled update for all tests."""
+    return ppo.make_update(config, SETTINGS)
+
+
+def explored(toy: RolloutRunner, params: PolicyParams, prior: Prior, iteration: int) -> Episode:
+    rng = np.random.default_rng(iteration)
+    chunks = [
+        make_chunk(
+            0,
+            5,
+            task=group % 2,
+            initialization=group,
+            exploration=rng.integers(2**31, size=CHUNK),
+            num_start=len(CONTROLLED),
+        )
+        for group in range(NUM_GROUPS)
+    ]
+    return concatenate(toy.run(chunks, params, prior, explore=1.0))
+
+
+def evaluated(toy: RolloutRunner, params: PolicyParams, prior: Prior, *, act: bool = True) -> Episode:
+    """Run both tasks once, without noise."""
+    (episode,) = toy.run(
+        [make_chunk(0, 5, task=np.arange(CHUNK) % 2, initialization=0, num_start=len(CONTROLLED))],
+        params,
+        prior,
+        act=act,
+    )
+    return jax.tree.map(lambda leaf: leaf[:2], episode)
+
+
+def start(params: PolicyParams) -> tuple[PolicyParams, object]:
+    return params, ppo.optimizer(SETTINGS).init(params)
+
+
+def test_the_toy_fulfils_the_protocol():
+    assert isinstance(ToyEnvironment(), Environment)
+
+
+def test_untrained_policy_and_critic_say_nothing(config: ControllerConfig):
+    params = ppo.init(config, SETTINGS, key=jax.random.key(3))
+    for head in (params.network["group_head"], params.network["run_head"], params.network["modifier"]):
+        assert not np.any(head["kernel"])
+        assert not np.any(head["bias"])
+    np.testing.assert_array_equal(params.log_std, np.full(len(CONTROLLED), np.float32(SETTINGS.initial_log_std)))
+    assert not np.any(params.critic["Dense_2"]["kernel"])
+
+
+def test_it_learns_what_each_domain_rewards(toy: RolloutRunner, update, untrained: PolicyParams, prior: Prior):
+    params, state = start(untrained)
+    before = evaluated(toy, params, prior)
+    for iteration in range(40):
+        episodes = explored(toy, params, prior, iteration)
+        params, state, metrics = update(params, state, prior, episodes, jax.random.key(iteration))
+    after = evaluated(toy, params, prior)
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    low, high = after.values.dropout[:, -1]
+    assert low < before.values.dropout[0, -1] < high
+    assert (after.score > before.score).all()
+    # The optimum is 0.35 and the base 0.1: at least half of what the base leaves on the table is won.
+    assert after.score[1] - before.score[1] > 0.5 * (0.4 - before.score[1])
+    # In the run it goes on where the start could not reach.
+    passive = evaluated(toy, params, prior, act=False)
+    assert after.values.dropout[1, -1] > passive.values.dropout[1, -1] + 0.02
+
+
+def test_an_update_is_deterministic_and_does_not_recompile(
+    toy: RolloutRunner, update, acting: PolicyParams, prior: Prior
+):
+    first, second = (explored(toy, acting, prior, iteration) for iteration in (0, 1))
+    params, state = start(acting)
+    one = update(params, state, prior, first, jax.random.key(0))
+    compiled = update._cache_size()
+    again = update(params, state, prior, first, jax.random.key(0))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    update(*one[:2], prior, second, jax.random.key(1))
+    assert update._cache_size() == compiled
+    other = update(params, state, prior, first, jax.random.key(5))[0]
+    assert not np.array_equal(other.network["mix"]["kernel"], one[0].network["mix"]["kernel"])
+
+
+def test_every_part_of_the_policy_is_trained(toy: RolloutRunner, update, acting: PolicyParams, prior: Prior):
+    params, state = start(acting)
+    changed, _, metrics = update(params, state, prior, explored(toy, acting, prior, 0), jax.random.key(0))
+    for path, (old, new) in _paired(params, changed):
+        assert np.isfinite(new).all(), path
+        assert not np.array_equal(old, new), path
+    assert set(metrics) >= {"policy_loss", "start_loss", "critic_loss", "kl", "shift"}
+
+
+def _paired(one: PolicyParams, other: PolicyParams):
+    leaves = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True)
+    return [(jax.tree_util.keystr(path), (np.asarray(old), np.asarray(new))) for (path, old), new in leaves]
+
+
+def test_exploration_stays_within_its_bounds(toy: RolloutRunner, update, acting: PolicyParams, prior: Prior):
+    wide = acting._replace(log_std=np.full(4, 0.1, np.float32), start_log_std=np.full(4, -2.6, np.float32))
+    params, state = start(wide)
+    params, _, _ = update(params, state, prior, explored(toy, wide, prior, 0), jax.random.key(0))
+    assert ((params.log_std >= -2.0) & (params.log_std <= 0.0)).all()
+    assert ((params.start_log_std >= -2.5) & (params.start_log_std <= 0.0)).all()
+
+
+def test_episodes_that_all_fare_alike_do_no_harm(toy: RolloutRunner, update, acting: PolicyParams, prior: Prior):
+    episodes = explored(toy, acting, prior, 0)
+    params, state = start(acting)
+    params, _, _ = update(params, state, prior, episodes._replace(reward=0 * episodes.reward), jax.random.key(0))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_summary_is_of_means(toy: RolloutRunner, acting: PolicyParams, prior: Prior):
+    episodes = explored(toy, acting, prior, 0)
+    summary = ppo.summarize(episodes)
+    assert summary["return"] == pytest.approx(float(episodes.reward.sum(1).mean()))
+    assert summary["score"] == pytest.approx(float(episodes.score.mean()))

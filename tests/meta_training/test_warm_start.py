@@ -1,0 +1,186 @@
+"""What is settled before the policy learns: draws, the base, the normaliser and the supervised start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from envs.tasks import TaskPool
+from metalearn.controller import CONTROLLED, ControllerConfig, network
+from metalearn.controller.observation import DESCRIPTORS
+from metalearn.meta_training import warm_start
+from metalearn.meta_training.rollout import PolicyParams, Prior
+from metalearn.meta_training.runner import CHUNK, RolloutRunner, make_chunk
+from metalearn.meta_training.warm_start import SEARCH_BOX, SearchResult, balanced_tasks, draw_steps
+from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, percentile_scale
+
+S = len(CONTROLLED)
+
+
+def synthetic_search(config: ControllerConfig, *, optimum_shift: float = 0.0, noise: float = 0.3) -> SearchResult:
+    """Return trials whose score falls with the distance from an optimum inside the box.
+
+    The learning rate's optimum goes with the first descriptor, by `optimum_shift` unit ranges to either side.
+    """
+    rng = np.random.default_rng(0)
+    low, high = warm_start.search_box(config)
+    num_tasks, per_task = 24, 16
+    task = np.repeat(np.arange(num_tasks), per_task)
+    start = np.concatenate([warm_start.draw_configurations(per_task, config, rng) for _ in range(num_tasks)])
+    side = np.where(np.arange(num_tasks) % 2 == 0, -1.0, 1.0)
+    optimum = np.tile(low + 0.6 * (high - low), (num_tasks, 1))
+    optimum[:, 0] += side * optimum_shift
+    distance = np.square((start - optimum[task]) / (high - low)).sum(1)
+    difficulty = rng.normal(0.0, 10.0, num_tasks)[task]  # domains differ by more than configurations do
+    descriptors = np.tile(rng.normal(0.0, 1.0, len(DESCRIPTORS)), (num_tasks, 1))
+    descriptors[:, 0] = 20.0 * side
+    return SearchResult(
+        task=task,
+        pool=np.zeros(len(task), int),
+        told=np.ones(len(task), bool),
+        start=start.astype(np.float32),
+        score=difficulty - 5.0 * distance + rng.normal(0.0, noise, len(task)),
+        descriptors=descriptors[task].astype(np.float32),
+    )
+
+
+def test_configurations_are_a_latin_hypercube_of_the_box(config: ControllerConfig):
+    low, high = warm_start.search_box(config)
+    drawn = warm_start.draw_configurations(20, config, np.random.default_rng(0))
+    assert drawn.shape == (20, S)
+    strata = np.floor((drawn - low) / (high - low) * 20).astype(int)
+    for column in strata.T:
+        assert sorted(column) == list(range(20))
+    decoded = [config.space[name].decode(unit) for name, unit in zip(CONTROLLED, low, strict=True)]
+    assert decoded == pytest.approx([SEARCH_BOX[name][0] for name in CONTROLLED])
+
+
+def test_domains_take_turns():
+    domains = ["movies"] * 10, ["books"] * 2, ["games"], ["music"]
+    names = [name for domain in domains for name in domain] + ["simulated"] * 5
+    picked = balanced_tasks(names, 16, np.random.default_rng(0))
+    counts = Counter(names[index] for index in picked)
+    assert counts == {"movies": 3, "books": 3, "games": 3, "music": 3, "simulated": 4}  # simulated ones: one in four
+    assert len({index for index in picked if names[index] == "movies"}) == 3  # none twice while there are others
+    assert len({index for index in picked if names[index] == "simulated"}) == 4
+
+
+@pytest.mark.parametrize("names", [["simulated"] * 3, ["movies"], ["a", "b", "simulated"]])
+@pytest.mark.parametrize("count", [1, 3, 10])
+def test_as_many_tasks_as_asked_for(names: list[str], count: int):
+    picked = balanced_tasks(names, count, np.random.default_rng(0))
+    assert len(picked) == count
+    assert set(picked) <= set(range(len(names)))
+    if len(set(names)) == 1 and count >= len(names):
+        assert set(picked) == set(range(len(names)))
+
+
+def test_steps_are_log_uniform():
+    rng = np.random.default_rng(0)
+    steps = [draw_steps((4, 64), rng) for _ in range(2000)]
+    assert (min(steps), max(steps)) == (4, 64)
+    assert np.mean(np.array(steps) <= 16) == pytest.approx(0.5, abs=0.05)
+    assert draw_steps((5, 5), rng) == 5
+
+
+def test_the_base_is_where_the_optimum_is_not_where_luck_was(config: ControllerConfig):
+    low, high = warm_start.search_box(config)
+    base, score = warm_start.choose_base(synthetic_search(config), config, seed=0)
+    assert base.dtype == np.float32
+    assert np.abs((base - low) / (high - low) - 0.6).max() < 0.15
+    assert 0 < score < 5
+
+
+def test_the_base_does_not_depend_on_how_hard_tasks_are(config: ControllerConfig):
+    result = synthetic_search(config)
+    harder = dataclasses.replace(result, score=result.score - 100.0 * result.task)
+    one, other = (warm_start.choose_base(r, config, seed=0) for r in (result, harder))
+    np.testing.assert_array_equal(one[0], other[0])
+    assert one[1] == pytest.approx(other[1], abs=1e-6)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_supervised_start_learns_what_domains_ask_for(config: ControllerConfig, prior: Prior):
+    result = synthetic_search(config, optimum_shift=0.1)
+    base, _ = warm_start.choose_base(result, config, seed=0)
+    prior = prior._replace(base=np.stack([base, base]))
+    params = network.init(config, key=jax.random.key(0))
+    fitted, values = warm_start.fit_start(result, config, params, prior, seed=0)
+    assert np.isfinite(values).all()
+    assert values[-50:].mean() > values[:10].mean()
+    shift = []
+    for side in (0, 1):
+        row = np.flatnonzero(result.task == side)[0]
+        scaled = percentile_scale(jnp.asarray(result.descriptors[row]), prior.normalizer.descriptors, jnp)
+        proposal = network.start(config, fitted, scaled)
+        shift.append(np.asarray(proposal.gate * jnp.tanh(proposal.modifier)))
+    assert shift[0][0] < -0.1 < 0.1 < shift[1][0]
+    # Only the start was fitted: what acts in the run is as it was, at zero.
+    for name in ("group_head", "run_head"):
+        assert not np.any(fitted[name]["kernel"])
+
+
+def test_the_surrogate_leaves_out_the_task_itself_and_other_horizons(config: ControllerConfig, prior: Prior):
+    result = synthetic_search(config)
+    result = dataclasses.replace(result, told=result.task != 2)
+    trials = warm_start.lay_out(result, config, prior)
+    arguments = (jnp.full(S, 0.6), trials.descriptors[0], jnp.bool_(True), 0)
+    before = warm_start.surrogate_value(trials, *arguments)
+    assert np.isfinite(before)
+    for task, counts in ((0, False), (1, True), (2, False)):
+        shifted = trials._replace(value=trials.value + jnp.where(trials.task == task, 5.0, 0.0))
+        assert (warm_start.surrogate_value(shifted, *arguments) != before) == counts
+    # Near the optimum it promises more than at a corner of the box.
+    assert before > warm_start.surrogate_value(trials, jnp.zeros(S), *arguments[1:])
+
+
+def test_identity_normaliser_leaves_everything_in_range(config: ControllerConfig):
+    normalizer = warm_start.identity_normalizer(config)
+    assert [len(knots) for knots in normalizer] == [len(DESCRIPTORS), len(GROUP_FEATURES), len(GLOBAL_FEATURES)]
+    values = np.linspace(-40.0, 40.0, len(GLOBAL_FEATURES))
+    np.testing.assert_allclose(percentile_scale(values, normalizer.run, np), values / 50.0, atol=1e-6)
+
+
+def test_normaliser_is_of_what_was_seen(runner: RolloutRunner, acting: PolicyParams, prior: Prior, pool: TaskPool):
+    chunks = [
+        make_chunk(0, 6, task=np.arange(CHUNK) % len(pool), initialization=3, single_group=single, num_start=S)
+        for single in (False, True)
+    ]
+    episodes = runner.run(chunks, acting, prior, explore=1.0)
+    normalizer = warm_start.fit_normalizer(episodes, np.random.default_rng(0))
+    ratio = np.concatenate([episodes[0].group[..., 4].ravel(), episodes[1].group[:, :, 0, 4].ravel()])
+    knots = normalizer.group[4]
+    assert ratio.min() <= knots[0] < knots[-1] <= ratio.max() + 0.01
+    for part in normalizer:
+        assert np.isfinite(part).all()
+        assert (np.diff(part, axis=1) > 0).all()
+
+
+def test_search_runs_every_configuration_on_its_task(runner: RolloutRunner, untrained: PolicyParams, prior: Prior):
+    arguments = {
+        "tasks_per_pool": (3,),
+        "configurations": (16,),
+        "steps_range": ((3, 6),),
+        "told_share": 0.5,
+    }
+    result = warm_start.run_search(runner, untrained, prior, **arguments, seed=0)
+    assert result.score.shape == (48,)
+    assert Counter(result.task.tolist()) == {0: 16, 1: 16, 2: 16}
+    assert result.start.shape == (48, S)
+    low, high = warm_start.search_box(runner.config)
+    assert ((result.start >= low - 1e-6) & (result.start <= high + 1e-6)).all()
+    for task in range(3):
+        rows = result.task == task
+        assert len(np.unique(result.told[rows])) == 1
+        assert len(np.unique(np.nan_to_num(result.descriptors[rows]), axis=0)) == 1
+        assert len(np.unique(result.score[rows])) > 8
+    again = warm_start.run_search(runner, untrained, prior, **arguments, seed=0)
+    for name, value in vars(result).items():
+        np.testing.assert_array_equal(value, getattr(again, name), err_msg=name)
+    other = warm_start.run_search(runner, untrained, prior, **arguments, seed=1)
+    assert not np.array_equal(result.start, other.start)
