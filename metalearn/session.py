@@ -6,7 +6,8 @@ Shape legend: G parameter group, A controlled group hyperparameter, B controlled
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from metalearn.signals import (
     GROUP_STATISTICS,
     Controls,
     IntervalStatistics,
+    SignalFeatures,
     SignalHistory,
     featurize,
     initial_history,
@@ -114,6 +116,7 @@ class Session:
         self._hidden = np.zeros((len(roles), controller.network.hidden_size))
         self._steps = 0
         self._position = self._start(initial)
+        self._frame = self._guard_frame()
         self._decision = self._first_decision(initial)
 
     @property
@@ -166,10 +169,10 @@ class Session:
             features, self._history = featurize(statistics, self._controls(), self._history, np)
             group = percentile_scale(features.group, self._knots[0], np)
             run = percentile_scale(features.run, self._knots[1], np)
-        network = self._controller.network
-        group_action, run_action, hidden = network.act(self._hidden, group, run, self._descriptors, self._roles)
-        influences = self._influences(group, run, group_action)
-        self._hidden = hidden
+        policy_hidden = self._hidden
+        group_action, run_action, self._hidden = self._controller.network.act(
+            policy_hidden, group, run, self._descriptors, self._roles
+        )
         wanted = move(
             self._position,
             group_action * self._bound[0],
@@ -179,13 +182,17 @@ class Session:
             np,
         )
         verdict = judge(self._proposal(wanted, float(statistics.nonfinite)))
-        before = self._decision
+        before, since_best = self._decision, int(self._history.since_best)
         self._position = self._placed(verdict.values)
+
+        def explain() -> tuple[str, ...]:
+            changes = _changes(before, decision)
+            influences = self._influences(policy_hidden, group, run, group_action)
+            return (*verdict.reasons, *changes, *_situation(features, since_best), *influences)
+
         status = "fallback" if self._trust == 0.0 and verdict.status == "applied" else verdict.status
-        self._decision = self._decide(before.index + 1, status, verdict.reasons)
-        reasons = (*verdict.reasons, *_changes(before, self._decision), *self._situation(features), *influences)
-        self._decision = Decision(**{**vars(self._decision), "reasons": reasons})
-        return self._decision
+        self._decision = decision = self._decide(before.index + 1, status, explain)
+        return decision
 
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that later decisions depend on, as plain numbers, strings, lists and dicts."""
@@ -212,6 +219,7 @@ class Session:
                 )
         self._steps = int(state["steps"])
         self._position = Position(**{k: np.array(v, np.float64) for k, v in state["position"].items()})
+        self._frame = self._guard_frame()
         self._history = SignalHistory(**{k: np.array(v, np.float64) for k, v in state["history"].items()})
         self._values = values(self._position, self._config, np)
         self._hidden = np.array(state["hidden"], np.float64)
@@ -253,9 +261,9 @@ class Session:
         else:
             reason = f"start: base configuration shifted for this domain, at confidence {self._trust:.2f}"
         status = "fallback" if self._trust == 0.0 else "applied"
-        return self._decide(0, status, (reason,))
+        return self._decide(0, status, lambda: (reason,))
 
-    def _decide(self, index: int, status: str, reasons: tuple[str, ...]) -> Decision:
+    def _decide(self, index: int, status: str, explain: Callable[[], tuple[str, ...]]) -> Decision:
         self._values = decoded = values(self._position, self._config, np)
         columns = {
             name: getattr(decoded, name) for name, on in zip(GROUP_CONTROLLED, self._bound[0], strict=True) if on
@@ -268,7 +276,7 @@ class Session:
             run={n: float(getattr(decoded, n)) for n, on in zip(GLOBAL_CONTROLLED, self._bound[1], strict=True) if on},
             schedule=self.multiplier(self._steps),
             confidence=self._trust,
-            reasons=reasons,
+            explain=explain,
         )
 
     def _controls(self) -> Controls:
@@ -285,24 +293,34 @@ class Session:
         )
 
     def _proposal(self, wanted: Position, nonfinite_steps: float) -> Proposal:
-        def flat(group: np.ndarray, run: np.ndarray) -> np.ndarray:
-            return np.concatenate([np.broadcast_to(group, (self.num_groups, len(GROUP_CONTROLLED))).ravel(), run])
-
-        split = len(GROUP_CONTROLLED)
-        low, high = trust_region(self._config, np, np.float64)
-        steps = np.array([h.max_step for h in self._config.space])
         position = self._position
-        return Proposal(
-            labels=tuple(f"{n}[{g}]" for g in range(self.num_groups) for n in GROUP_CONTROLLED) + GLOBAL_CONTROLLED,
-            current=flat(
+        return replace(
+            self._frame,
+            current=_flat(
                 position.group_start + position.group_residual, position.global_start + position.global_residual
             ),
-            proposed=flat(wanted.group_start + wanted.group_residual, wanted.global_start + wanted.global_residual),
-            start=flat(position.group_start, position.global_start),
-            low=flat(low[:split], low[split:]),
-            high=flat(high[:split], high[split:]),
-            max_step=flat(steps[:split], steps[split:]),
+            proposed=_flat(wanted.group_start + wanted.group_residual, wanted.global_start + wanted.global_residual),
             nonfinite_steps=nonfinite_steps,
+        )
+
+    def _guard_frame(self) -> Proposal:
+        """What of a proposal never changes in a run."""
+        split = len(GROUP_CONTROLLED)
+
+        def spread(values: np.ndarray) -> np.ndarray:
+            return _flat(np.tile(values[:split], (self.num_groups, 1)), values[split:])
+
+        low, high = trust_region(self._config, np, np.float64)
+        start = _flat(self._position.group_start, self._position.global_start)
+        return Proposal(
+            labels=tuple(f"{n}[{g}]" for g in range(self.num_groups) for n in GROUP_CONTROLLED) + GLOBAL_CONTROLLED,
+            current=start,
+            proposed=start,
+            start=start,
+            low=spread(low),
+            high=spread(high),
+            max_step=spread(np.array([h.max_step for h in self._config.space])),
+            nonfinite_steps=0.0,
         )
 
     def _placed(self, flat: np.ndarray) -> Position:
@@ -313,7 +331,9 @@ class Session:
             global_residual=flat[split:] - self._position.global_start,
         )
 
-    def _influences(self, group: np.ndarray, run: np.ndarray, action: np.ndarray, count: int = 2) -> tuple[str, ...]:
+    def _influences(
+        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, action: np.ndarray, count: int = 2
+    ) -> tuple[str, ...]:
         """Names the features that moved the learning rate most, each set to its median in turn (occlusion)."""
         if self._trust == 0.0 or not self._bound[0][0]:
             return ()
@@ -322,7 +342,7 @@ class Session:
         groups, runs = np.repeat(group[None], count_all, 0), np.repeat(run[None], count_all, 0)
         groups[np.arange(split), :, columns] = 0.0
         runs[np.arange(split, count_all), run_columns] = 0.0
-        occluded, _, _ = self._controller.network.act(self._hidden, groups, runs, self._descriptors, self._roles)
+        occluded, _, _ = self._controller.network.act(hidden, groups, runs, self._descriptors, self._roles)
         moved = (np.tanh(action[:, 0]) - np.tanh(occluded[..., 0])).mean(1).tolist()
         names = [GROUP_FEATURES[i] for i in columns] + [GLOBAL_FEATURES[i] for i in run_columns]
         effect = dict(zip(names, moved, strict=True))
@@ -331,16 +351,21 @@ class Session:
         ]
         return tuple(f"{name} moved the learning rate's step by {effect[name]:+.2f} of the largest" for name in top)
 
-    def _situation(self, features: Any) -> tuple[str, ...]:
-        """States what validation did."""
-        run = dict(zip(GLOBAL_FEATURES, features.run.tolist(), strict=True))
-        if run["validation_missing"] > 0:
-            return ("validation: not reported for this interval",)
-        stale = int(self._history.since_best)
-        if stale == 0:
-            return ("validation: best so far",)
-        below, plural = -100 * run["validation_below_best"], "s" * (stale > 1)
-        return (f"validation: {below:.1f} % below the best, of {stale} decision{plural} ago",)
+
+def _flat(group: np.ndarray, run: np.ndarray) -> np.ndarray:
+    """Joins [G, A] and [B] values to [V]."""
+    return np.concatenate([group.ravel(), run])
+
+
+def _situation(features: SignalFeatures, since_best: int) -> tuple[str, ...]:
+    """States what validation did."""
+    run = dict(zip(GLOBAL_FEATURES, features.run.tolist(), strict=True))
+    if run["validation_missing"] > 0:
+        return ("validation: not reported for this interval",)
+    if since_best == 0:
+        return ("validation: best so far",)
+    below, plural = -100 * run["validation_below_best"], "s" * (since_best > 1)
+    return (f"validation: {below:.1f} % below the best, of {since_best} decision{plural} ago",)
 
 
 def _changes(before: Decision, after: Decision) -> tuple[str, ...]:

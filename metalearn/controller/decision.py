@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 DecisionStatus = Literal["applied", "limited", "held", "fallback"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Decision:
-    """Hyperparameters in force from `step` on.
+    """Hyperparameters in force from `step` on, and on demand the reasons: working them out takes longer than deciding.
 
     Args:
       index: 0 for the start configuration, then 1, 2, ...
@@ -23,7 +24,7 @@ class Decision:
       run: hyperparameters of the whole run.
       schedule: the base schedule's factor on the learning rate at `step`.
       confidence: share of its reach that the controller used, 1 inside the meta-training range.
-      reasons: plain sentences.
+      explain: returns the reasons, plain sentences.
     """
 
     index: int
@@ -33,13 +34,37 @@ class Decision:
     run: Mapping[str, float]
     schedule: float
     confidence: float
-    reasons: tuple[str, ...]
+    explain: Callable[[], tuple[str, ...]] = field(repr=False)
+
+    @cached_property
+    def reasons(self) -> tuple[str, ...]:
+        """Plain sentences: what the guard did, what changed, what validation did, what moved the policy."""
+        return self.explain()
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns JSON-ready values."""
-        return asdict(self)
+        """Returns JSON-ready values, the reasons among them."""
+        return {
+            "index": self.index,
+            "step": self.step,
+            "status": self.status,
+            "groups": tuple(dict(group) for group in self.groups),
+            "run": dict(self.run),
+            "schedule": self.schedule,
+            "confidence": self.confidence,
+            "reasons": self.reasons,
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Decision:
         """Inverts `as_dict`."""
-        return cls(**{**content, "groups": tuple(content["groups"]), "reasons": tuple(content["reasons"])})
+        fields = {name: value for name, value in content.items() if name not in ("groups", "reasons")}
+        reasons = tuple(content["reasons"])
+        return cls(**fields, groups=tuple(content["groups"]), explain=lambda: reasons)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Decision) and self.as_dict() == other.as_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Decision.from_dict, (self.as_dict(),)

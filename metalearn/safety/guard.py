@@ -80,6 +80,8 @@ def finite_values(proposal: Proposal) -> tuple[np.ndarray, str | None]:
 
 
 def _clip(proposal: Proposal, low: np.ndarray, high: np.ndarray, reason: str) -> tuple[np.ndarray, str | None]:
+    if ((low <= proposal.proposed) & (proposal.proposed <= high)).all():
+        return proposal.proposed, None
     # A hair of tolerance: the policy's own arithmetic may meet a bound to the last bit.
     clipped = np.clip(proposal.proposed, low, high)
     moved = np.abs(clipped - proposal.proposed) > 1e-9
@@ -127,7 +129,8 @@ def judge(proposal: Proposal, rules: Sequence[Rule] = RULES) -> Verdict:
     reasons = []
     for rule in rules:
         values, reason = rule(proposal)
-        proposal = replace(proposal, proposed=values)
+        if values is not proposal.proposed:
+            proposal = replace(proposal, proposed=values)
         if reason:
             reasons.append(reason)
     held = any(reason.startswith("held:") for reason in reasons)

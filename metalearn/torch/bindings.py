@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from metalearn.controller.config import GROUP_CONTROLLED, ROLES
+from metalearn.controller.config import ROLES
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.spaces import CANONICAL_SPACE, HyperparameterSpace
 
 _DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout)
 _ADAM_FAMILY = (torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
+
+
+TIMED_EVERY = 16
+"""One step in so many is timed, and stands for the others: reading the clock costs a tenth of what is measured."""
 
 
 def dropout_modules(model: torch.nn.Module | None) -> list[Any]:
@@ -45,6 +50,49 @@ def infer_roles(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None)
     return roles
 
 
+class _GroupBinding:
+    """What one parameter group is given for a step, and what it had before.
+
+    Args:
+      group: the optimizer's.
+      values: canonical name to value.
+      initial: the group's initial learning rate.
+    """
+
+    __slots__ = ("beta1", "found", "get", "initial", "keys", "momentum", "ours", "own_momentum", "rate")
+
+    def __init__(self, group: Mapping[str, Any], values: Mapping[str, float], initial: float) -> None:
+        momentum = "betas" if "betas" in group else "momentum"
+        self.ours: dict[str, Any] = {}
+        """key of the group to value; the rate is filled in for each step, betas when the group's own change"""
+        if (rate := values.get("learning_rate")) is not None:
+            self.ours["lr"] = rate
+        if (decay := values.get("weight_decay")) is not None:
+            self.ours["weight_decay"] = decay
+        if (beta1 := values.get("beta1")) is not None:
+            self.ours[momentum] = beta1
+        self.rate, self.beta1, self.initial = rate, beta1, initial
+        self.momentum = momentum if momentum in self.ours else None
+        self.own_momentum: Any = None
+        self.keys = ("lr", *(key for key in self.ours if key != "lr"))
+        self.get = itemgetter(*self.keys, "lr")  # the second one makes it a tuple in any case
+        self.found: tuple[Any, ...] = ()
+
+    def put_in(self, group: dict[str, Any], factor: float) -> None:
+        """Saves the group's own values, and puts these in their place."""
+        self.found = found = self.get(group)
+        if self.rate is not None:
+            self.ours["lr"] = self.rate * factor * (found[0] / self.initial)
+        if self.momentum is not None and self.own_momentum is not group[self.momentum]:
+            self.own_momentum = own = group[self.momentum]
+            self.ours[self.momentum] = (self.beta1, *own[1:]) if self.momentum == "betas" else self.beta1
+        group.update(self.ours)
+
+    def put_back(self, group: dict[str, Any]) -> None:
+        """Puts the group's own values back."""
+        group.update(zip(self.keys, self.found, strict=False))
+
+
 class Bindings:
     """Binds controlled hyperparameters to one optimizer and model.
 
@@ -66,10 +114,13 @@ class Bindings:
         self.steps = 0
         """optimizer steps done"""
         self.seconds = 0.0
-        """wall-clock seconds that the hooks took"""
-        self._values: list[Any] = []
+        """wall-clock seconds that the hooks took, estimated from a sample of the steps"""
+        self._next: list[_GroupBinding] = []
+        self._groups: list[_GroupBinding] = []
+        """those of the step that runs, or ran last"""
         self._factors: Iterator[float] = iter(())
-        self._applied: tuple[list[Any], list[Any], float] | None = None
+        self._factor: float | None = None
+        """of the step that runs, or ran last"""
         self._in_force = self._stepping = False
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._prepare: Callable[[], Sequence[float]]
@@ -164,67 +215,53 @@ class Bindings:
         Args:
           groups: per parameter group, canonical name to value.
         """
-        self._values = [
-            (*(values.get(name) for name in GROUP_CONTROLLED), "betas" if "betas" in group else "momentum", initial)
-            for group, values, initial in zip(self._optimizer.param_groups, groups, self._initial_rates, strict=True)
-        ]
+        parts = zip(self._optimizer.param_groups, groups, self._initial_rates, strict=True)
+        self._next = [_GroupBinding(group, values, initial) for group, values, initial in parts]
 
     def _before_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
-        # One function on purpose: the training step empties the processor's caches, and every call is then dear.
-        began = perf_counter()
-        if self._in_force and self._applied is not None:
+        # The training step empties the processor's caches, so every line here is dear: it is kept to what must be.
+        timed = not self.steps % TIMED_EVERY
+        began = perf_counter() if timed else 0.0
+        if self._in_force and self._factor is not None:
             # The same step again: it raised, or a subclass's step calls its parent's and torch runs the hooks of both.
             self._put_back()
-            factor = self._applied[2]
+            factor = self._factor
         else:
             factor = next(self._factors, None)
             if factor is None:
                 self._factors = iter(self._prepare())
                 factor = next(self._factors)
-        groups, values = optimizer.param_groups, self._values
-        if len(groups) != len(values):
+        groups, bindings = optimizer.param_groups, self._next
+        if len(groups) != len(bindings):
             raise SessionError(
-                f"the optimizer has {len(groups)} parameter groups and had {len(values)} when the MetaScheduler was "
+                f"the optimizer has {len(groups)} parameter groups and had {len(bindings)} when the MetaScheduler was "
                 "made; detach that and make a new one after add_param_group"
             )
-        found = []
-        for group, (rate, decay, beta1, key, initial) in zip(groups, values, strict=True):
-            own_rate: Any = group["lr"]
-            own_momentum: Any = group.get(key)
-            found.append((own_rate, group.get("weight_decay"), own_momentum))
-            if rate is not None:
-                group["lr"] = rate * factor * (own_rate / initial)
-            if decay is not None:
-                group["weight_decay"] = decay
-            if beta1 is not None:
-                group[key] = (beta1, *own_momentum[1:]) if key == "betas" else beta1
-        self._applied, self._in_force, self._stepping = (found, values, factor), True, True
-        self.seconds += perf_counter() - began
+        self._groups, self._factor, self._in_force, self._stepping = bindings, factor, True, True
+        for group, binding in zip(groups, bindings):  # noqa: B905 (compared above)
+            binding.put_in(group, factor)
+        if timed:
+            self.seconds += TIMED_EVERY * (perf_counter() - began)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         if not self._stepping:  # of a subclass's step, whose parent's was counted
             return
-        began = perf_counter()
+        timed = not self.steps % TIMED_EVERY
+        began = perf_counter() if timed else 0.0
         self._put_back()
         self._stepping = False
         self.steps += 1
         if self._finish is not None:
             self._finish()
-        self.seconds += perf_counter() - began
+        if timed:
+            self.seconds += TIMED_EVERY * (perf_counter() - began)
 
     def _put_back(self) -> None:
         """Puts back what the hook before the step found."""
-        if not self._in_force or self._applied is None:
-            return
-        found, values, _ = self._applied
-        for group, own, (rate, decay, beta1, key, _) in zip(self._optimizer.param_groups, found, values, strict=False):
-            if rate is not None:
-                group["lr"] = own[0]
-            if decay is not None:
-                group["weight_decay"] = own[1]
-            if beta1 is not None:
-                group[key] = own[2]
-        self._in_force = False
+        if self._in_force:
+            for group, binding in zip(self._optimizer.param_groups, self._groups):  # noqa: B905 (groups may be added)
+                binding.put_back(group)
+            self._in_force = False
 
     def _restore(self) -> None:
         """Puts back what a step that raised has left."""
@@ -239,13 +276,9 @@ class Bindings:
 
     def last_rates(self) -> list[float]:
         """Returns the learning rates of the last step; before the first, the groups' own."""
-        if self._applied is None:
+        if self._factor is None:
             return list(self._rates)
-        found, values, multiplier = self._applied
-        return [
-            float(own[0] if rate is None else rate * multiplier * (own[0] / initial))
-            for own, (rate, *_, initial) in zip(found, values, strict=True)
-        ]
+        return [float(b.found[0] if b.rate is None else b.ours["lr"]) for b in self._groups]
 
     def release(self) -> bool:
         """Removes the hooks, and gives groups and dropout layers back what was theirs.
@@ -280,7 +313,7 @@ class Bindings:
         self._restore()
         self.steps = int(state["steps"])
         self._initial_rates, self._rates = list(state["initial_rates"]), list(state["last_rates"])
-        self._applied, self._factors = None, iter(())
+        self._factor, self._factors = None, iter(())
 
 
 def _own_values(group: Mapping[str, Any], rate: float) -> dict[str, float]:

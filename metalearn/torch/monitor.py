@@ -15,9 +15,11 @@ import torch
 from metalearn.errors import InvalidArgumentError
 from metalearn.signals import IntervalStatistics, ProbeSums, interval_statistics
 
-MAX_PROBED = 2**18
+MAX_PROBED = 2**16
 """Elements of a group that a probe looks at; of larger groups evenly strided rows. Every feature is a ratio, so it does
 not matter that norms are of a sample."""
+HOST_DEVICES = ("cpu",)
+"""Where a tensor's memory is the host's, so that reading it waits for nothing."""
 RING = 64
 """Losses that are kept one by one before they are moved on together."""
 
@@ -130,8 +132,9 @@ class _GroupSample:
 class Monitor:
     """Accumulates the statistics of one interval.
 
-    Per step it copies one scalar, the loss. The last two optimizer steps of an interval are a probe: sums over a sample
-    of each group's weights and gradients. Everything is read back at once by `statistics`.
+    Per step it keeps one scalar, the loss; an accelerator's is copied within its memory. The last two optimizer steps
+    of an interval are a probe: sums over a sample of each group's weights and gradients. Everything that lies on an
+    accelerator is read back at once by `statistics`.
 
     Args:
       optimizer: whose parameter groups are measured.
@@ -141,6 +144,8 @@ class Monitor:
     def __init__(self, optimizer: torch.optim.Optimizer, interval: int) -> None:
         self._groups = [_GroupSample(group["params"]) for group in optimizer.param_groups]
         self._device = next((g.device for g in self._groups if g.params), torch.device("cpu"))
+        self._read: list[float] | None = [] if self._device.type in HOST_DEVICES else None
+        """losses of the interval so far, where reading them is no transfer"""
         self._losses = torch.zeros(interval, device=self._device)
         self._ring = torch.zeros(RING, device=self._device)
         self._slots = self._ring.unbind()  # writing to a view made once takes half the time of indexing
@@ -170,6 +175,12 @@ class Monitor:
         Raises:
           InvalidArgumentError: the loss is not a scalar.
         """
+        if self._read is not None:
+            if isinstance(loss, torch.Tensor):
+                loss = loss.item() if loss.numel() == 1 else _scalar(loss).item()
+            self._read.append(loss)
+            self.steps += 1
+            return
         index = self.steps % RING
         if not isinstance(loss, torch.Tensor):
             self._slots[index].fill_(loss)
@@ -183,6 +194,8 @@ class Monitor:
 
     def _measured(self) -> torch.Tensor:
         """Returns the losses of the interval so far."""
+        if self._read is not None:
+            return torch.tensor(self._read, dtype=torch.float32)
         rest = self.steps % RING
         if rest:
             self._losses[self.steps - rest : self.steps] = self._ring[:rest]
@@ -213,6 +226,8 @@ class Monitor:
                 xp=np,
             )
         self.steps, self._sums, self._began = 0, None, now
+        if self._read is not None:
+            self._read = []
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -229,6 +244,8 @@ class Monitor:
         """Restores buffers; nothing of `state` is kept by reference."""
         self.steps, self._probing = int(state["steps"]), bool(state["probing"])
         losses, rest = state["losses"].to(self._device), self.steps % RING
+        if self._read is not None:
+            self._read = losses.tolist()
         self._losses[: self.steps] = losses
         self._ring[:rest] = losses[self.steps - rest :]
         for group, stored in zip(self._groups, state["groups"], strict=True):

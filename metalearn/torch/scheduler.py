@@ -17,7 +17,7 @@ from metalearn.controller.decision import Decision
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.profiles import DomainProfile
 from metalearn.torch.averaging import AVERAGE_EVERY, WeightAverage
-from metalearn.torch.bindings import Bindings, infer_roles
+from metalearn.torch.bindings import TIMED_EVERY, Bindings, infer_roles
 from metalearn.torch.monitor import Monitor
 
 MAX_IDLE_CALLS = 1000
@@ -156,7 +156,7 @@ class MetaScheduler:
 
     @property
     def host_seconds(self) -> float:
-        """Wall-clock seconds that this object's own code has taken, hooks included."""
+        """Wall-clock seconds that this object's own code has taken, hooks included; of steps a sample is timed."""
         return self._host_seconds + self._bindings.seconds
 
     def multiplier(self, step: int) -> float:
@@ -179,16 +179,18 @@ class MetaScheduler:
           InvalidArgumentError: the loss is not a scalar.
           SessionError: it is called again and again without the optimizer stepping.
         """
-        began = perf_counter()
         monitor, steps = self._monitor, self._bindings.steps
         if steps == self._recorded_steps:
             self._count_idle_call()
             return
         if monitor.steps >= self._interval:
             self._decide()
+        timed = not steps % TIMED_EVERY
+        began = perf_counter() if timed else 0.0
         monitor.record(loss)
         self._recorded_steps, self._idle_calls = steps, 0
-        self._host_seconds += perf_counter() - began
+        if timed:
+            self._host_seconds += TIMED_EVERY * (perf_counter() - began)
 
     def report(self, metrics: float | Mapping[str, float]) -> Decision:
         """Takes in validation metrics; at the end of an interval, decides.
@@ -202,11 +204,9 @@ class MetaScheduler:
         Raises:
           InvalidArgumentError: the mapping is empty, or it is unclear which entry is the metric.
         """
-        began = perf_counter()
         self._validation = self._sign * self._pick(metrics)
         if self.should_validate:
             self._decide()
-        self._host_seconds += perf_counter() - began
         return self.decision
 
     @contextmanager
@@ -281,11 +281,13 @@ class MetaScheduler:
             )
 
     def _decide(self) -> None:
+        began = perf_counter()
         statistics = self._monitor.statistics(validation=self._validation, batch_size=self._session.batch_size)
         self._validation = math.nan
         self._accept(
             self._session.tell(statistics), validation=float(statistics.validation), seconds=statistics.seconds
         )
+        self._host_seconds += perf_counter() - began
 
     def _accept(self, decision: Decision, **context: Any) -> None:
         self.decisions.append(decision)

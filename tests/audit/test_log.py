@@ -24,7 +24,7 @@ def make_decision(index: int = 0, **changes) -> Decision:
         "confidence": 1.0,
         "reasons": ("no change", "Größe: −3 % \u2028 below"),
     }
-    return Decision(**(fields | changes))
+    return Decision.from_dict(fields | changes)
 
 
 def test_decisions_are_read_back_as_they_were(tmp_path: Path):

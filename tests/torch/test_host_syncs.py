@@ -11,9 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from envs.domains import Domain
 from metalearn import Controller
+from metalearn.torch import monitor
 from tests.torch.runs import start
 
 INTERVAL = 6
+
+
+@pytest.fixture(autouse=True)
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch):
+    """Tensors of the CPU are treated as if reading them had to wait for a device."""
+    monkeypatch.setattr(monitor, "HOST_DEVICES", ())
 
 
 class Operations(TorchDispatchMode):

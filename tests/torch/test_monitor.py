@@ -17,6 +17,12 @@ from metalearn.torch.monitor import RING, Monitor
 INTERVAL = 4
 
 
+@pytest.fixture(autouse=True, params=["host", "accelerator"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Runs every test as if tensors lay in the host's memory, and as if on an accelerator."""
+    monkeypatch.setattr(module, "HOST_DEVICES", ("cpu",) if request.param == "host" else ())
+
+
 def optimizer_of(*groups: list[torch.Tensor], rate: float = 0.5) -> torch.optim.SGD:
     return torch.optim.SGD([{"params": params} for params in groups], lr=rate)
 
@@ -181,7 +187,8 @@ class Readbacks(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_everything_is_read_back_at_once():
+def test_everything_is_read_back_at_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "HOST_DEVICES", ())
     table, bias = torch.nn.Parameter(torch.ones(4, 2)), torch.nn.Parameter(torch.ones(4, 1))
     optimizer = optimizer_of([table], [bias])
     monitor = Monitor(optimizer, INTERVAL)
