@@ -110,6 +110,16 @@ def test_numpy_and_flax_agree_on_a_recorded_run(checkpoint: Checkpoint, double_p
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 5])
+def test_the_shipped_networks_agree_in_single_precision_too(num_groups: int):
+    shipped = load_controller().checkpoint
+    assert shipped.config == CONFIG
+    arguments = (unflatten(shipped.network), *random_observations(4, num_groups))
+    assert_agree(run_numpy(*arguments), run_flax(*arguments), 1e-6)
+    arguments = (unflatten(shipped.network), *recorded_observations(shipped))
+    assert_agree(run_numpy(*arguments), run_flax(*arguments), 1e-6)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 5])
 def test_single_precision_of_meta_training_costs_little(checkpoint: Checkpoint, num_groups: int):
     arguments = (unflatten(checkpoint.network), *random_observations(4, num_groups))
     assert_agree(run_numpy(*arguments), run_flax(*arguments), 2e-5)
