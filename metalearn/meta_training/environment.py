@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from metalearn.controller.actions import Values
@@ -21,6 +22,20 @@ class Plan(NamedTuple):
     """whether the loop put all parameters into one group: the first [G] value then holds, the others are NaN"""
 
 
+DIVERGED_RATIO = 1.5
+"""An interval whose mean loss is so many times the first step's is diverged."""
+
+
+class Status(IntEnum):
+    """What has become of a run; a value, since nothing can be raised under jit."""
+
+    RUNNING = 0
+    DIVERGED = 1
+    """finite, but the last interval's mean loss is `DIVERGED_RATIO` times the first step's: lower the learning rate"""
+    NONFINITE = 2
+    """a loss or a weight was not finite: the run is lost, go back to an earlier state"""
+
+
 @runtime_checkable
 class Environment(Protocol):
     """Trains a model on a task, an interval at a time.
@@ -31,6 +46,11 @@ class Environment(Protocol):
     @property
     def num_groups(self) -> int:
         """Parameter groups, the G of every [G] value."""
+        ...
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Role of every parameter group, among `metalearn.controller.config.ROLES`."""
         ...
 
     @property
@@ -48,4 +68,8 @@ class Environment(Protocol):
 
     def score(self, task: Any, state: Any) -> Any:
         """Returns the test metric of the weights that validated best; 0 if the run diverged."""
+        ...
+
+    def status(self, state: Any) -> Any:
+        """Returns the `Status` of the run."""
         ...

@@ -1,4 +1,4 @@
-"""The meta-training loop: search for the base, supervised start, policy gradients, validation on real domains.
+"""The meta-training loop: search for the base, supervised start, policy gradients, validation, release.
 
 A killed run resumes.
 """
@@ -20,6 +20,7 @@ from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.meta_training import ppo, warm_start
 from metalearn.meta_training.persistence import Persistence
+from metalearn.meta_training.release import released_prior
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior
 from metalearn.meta_training.runner import (
     CHUNK,
@@ -244,7 +245,8 @@ def meta_train(
       config: settings.
       controller: architecture.
       pools: tasks to learn from, one pool a size.
-      validation_pools: tasks of domains that are only ever evaluated; they choose the iteration that is released.
+      validation_pools: tasks of domains that are only ever evaluated; they choose the iteration that is released, and
+        the base that it stands on.
       directory: Orbax checkpoints, the search, the baseline's scores, and the best checkpoint so far.
       log: called with a flat dict at every iteration.
       provenance: kept in the checkpoint.
@@ -281,7 +283,16 @@ def meta_train(
             if state.iteration >= config.num_iterations or state.stale >= config.patience:
                 break
             _iterate(config, runner, state, update, log)
-    return _released(state, config, controller, provenance)
+    # Slices want another base than whole domains, and the trained policy has its say too: see `release`.
+    state.prior, records = released_prior(
+        validation_runner,
+        state.best,
+        state.prior,
+        num_steps=max(steps for _, steps in config.steps_range),
+        seed=config.seed,
+        log=log,
+    )
+    return _released(state, config, controller, {**provenance, "release_base": records})
 
 
 def _iterate(config: MetaTrainConfig, runner: RolloutRunner, state: MetaTrainState, update: Any, log: Log) -> None:

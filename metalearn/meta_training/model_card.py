@@ -19,17 +19,25 @@ parameter group) and dropout. Written by `scripts/meta_train.py`; everything bel
 - {episodes} episodes of {num_decisions} decisions; preset `{preset}`, seed {seed}, commit {commit}.
 
 ## Base
-The configuration that did best on average over the search's trials, with cosine decay (known horizon) or held with
-averaged iterates (unknown horizon). An untrained or out-of-range controller is exactly this.
+With cosine decay (known horizon), or held with averaged iterates (unknown horizon). An untrained or out-of-range
+controller is exactly this. The search's trials gave one for the policy to learn on. With the trained policy, that one
+and its neighbours in rate and decay were then run to the full length on the largest tasks of the validation domains,
+and the one whose controlled runs scored best was taken.
 
 | horizon | {names} |
 |---|{rules}|
 {base}
 
+Mean log((NDCG@10 + 0.02) / (popularity + 0.02)) on those tasks, before and after that choice:
+
+| horizon | base before | base | controlled before | controlled |
+|---|---|---|---|---|
+{choice}
+
 ## Validation
 Mean gain in log((NDCG@10 + 0.02) / (popularity + 0.02)) of one controlled run over the base schedule, on slices of
-domains that were never trained on ({validation_domains}). These chose the released iteration, so they flatter it; test
-figures are in the README.
+domains that were never trained on ({validation_domains}), on the base it learnt on. These chose the released
+iteration, so they flatter it; test figures are in the README.
 
 | figure | value |
 |---|---|
@@ -54,6 +62,15 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
             for name, value in zip(CONTROLLED, checkpoint.base[told], strict=True)
         )
         rows.append(f"| {label} | " + " | ".join(f"{cell:.4g}" for cell in cells) + " |")
+    choice = [
+        f"| {label} | "
+        + " | ".join(
+            f"{provenance['release_base'][f'{label}/{name}']:.3f}"
+            for name in ("fixed_before", "fixed", "controlled_before", "controlled")
+        )
+        + " |"
+        for label in ("known", "unknown")
+    ]
     path.write_text(
         _TEMPLATE.format(
             sizes=", ".join(
@@ -70,6 +87,7 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
             names=" | ".join(CONTROLLED),
             rules="---|" * (len(CONTROLLED) - 1) + "---",
             base="\n".join(rows),
+            choice="\n".join(choice),
             validation_domains=", ".join(provenance["validation_domains"]) or "simulated ones",
             figures="\n".join(f"| {name} | {value:+.4f} |" for name, value in provenance["validation"].items()),
             horizons=f"{min(steps) * config.num_decisions} to {max(steps) * config.num_decisions}",

@@ -20,7 +20,7 @@ from metalearn.controller.actions import (
     start_position,
     values,
 )
-from metalearn.controller.config import ControllerConfig
+from metalearn.controller.config import ROLES, ControllerConfig
 from metalearn.controller.observation import Normalizer, budget_descriptors
 from metalearn.meta_training.environment import Environment, Plan
 from metalearn.signals import Controls, SignalFeatures, featurize, initial_history, out_of_range, percentile_scale
@@ -152,7 +152,7 @@ def rollout(
         jnp,
     )
     descriptors = jnp.concatenate([profiles[spec.task], budget])
-    role = jnp.zeros(num_groups, jnp.int32)
+    role = jnp.array([ROLES.index(role) for role in environment.roles], jnp.int32)
     group_mask = jnp.where(spec.single_group, jnp.arange(num_groups) == 0, True).astype(jnp.float32)
     scaled = percentile_scale(descriptors, prior.normalizer.descriptors, jnp)
     trust = confidence(out_of_range(scaled, jnp), jnp)

@@ -126,7 +126,8 @@ class RolloutRunner:
           label: of a progress bar; None shows none, and neither does anything but a terminal.
         """
         params, prior = jax.tree.map(np.asarray, (params, prior))
-        cost = [chunk.num_steps * self.pools[chunk.pool].tasks[0].shape[1] for chunk in chunks]
+        sizes = [jax.tree.leaves(pool.tasks)[0][0].size for pool in self.pools]
+        cost = [chunk.num_steps * sizes[chunk.pool] for chunk in chunks]
         work: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in sorted(range(len(chunks)), key=lambda i: -cost[i]):
             work.put(index)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from envs.tasks import TaskPool, simulated_domain
-from envs.vectorized import MatrixFactorizationEnvironment, make_task, stack_tasks
+from envs.vectorized import VectorizedEnvironment, make_task, stack_tasks
 from metalearn.controller import CONTROLLED, Checkpoint, Controller, ControllerConfig
 from metalearn.controller.actions import Values
 from metalearn.controller.checkpoint import flatten
@@ -23,7 +23,7 @@ STEPS = 6
 S = len(CONTROLLED)
 
 
-environment_step = jax.jit(MatrixFactorizationEnvironment(BUCKET).step)
+environment_step = jax.jit(VectorizedEnvironment(BUCKET).step)
 
 
 def chunk(**changes) -> Chunk:

@@ -10,7 +10,7 @@ import numpy as np
 
 from metalearn.controller.actions import Values
 from metalearn.controller.observation import PROFILE_DESCRIPTORS
-from metalearn.meta_training.environment import Plan
+from metalearn.meta_training.environment import Plan, Status
 from metalearn.signals import IntervalStatistics
 
 
@@ -34,6 +34,10 @@ class ToyEnvironment:
 
     num_groups: int = 2
     samples_per_step: int = 32
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return ("embedding",) * self.num_groups
 
     def reset(self, task: ToyTask, *, key: Any) -> Any:
         return jnp.zeros(())
@@ -63,6 +67,9 @@ class ToyEnvironment:
 
     def score(self, task: ToyTask, state: Any) -> Any:
         return state
+
+    def status(self, state: Any) -> Any:
+        return jnp.int32(Status.RUNNING)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""Before a controller is released: the base it stands on is chosen again, with the trained policy, on whole domains.
+
+The search that settles the first base is made of many short trials on slices, and slices want a weight decay far too
+strong for whole domains. Here a few neighbours of that base are run to the full length on the largest validation pool.
+
+Shape legend: K candidate, S start value, M episode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from metalearn.controller.config import CONTROLLED, ControllerConfig
+from metalearn.meta_training.rollout import PolicyParams, Prior
+from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, make_chunk, relative_scores
+
+RATE_FACTORS = (1 / 3, 1.0, 3.0)
+DECAY_FACTORS = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
+NUM_TASKS = CHUNK
+"""Tasks that decide, spread evenly over the pool's."""
+
+
+class BaseChoice(NamedTuple):
+    """What the candidates did; the one whose controlled runs scored best is chosen."""
+
+    candidates: np.ndarray
+    """[K, S] in unit ranges; the middle one is the base as it was"""
+    fixed: np.ndarray
+    """[K, M] log-ratio to popularity under the base schedule alone"""
+    controlled: np.ndarray
+    """[K, M] with the policy on top"""
+
+    @property
+    def chosen(self) -> int:
+        """Index of the candidate that is taken."""
+        return int(self.controlled.mean(1).argmax())
+
+    def record(self, config: ControllerConfig, label: str) -> dict[str, float]:
+        """Returns figures for logs and provenance."""
+        before, chosen = len(self.candidates) // 2, self.chosen
+        values = zip(CONTROLLED, self.candidates[chosen].tolist(), strict=True)
+        return {
+            **{f"{label}/{name}": config.space[name].decode(value) for name, value in values},
+            f"{label}/fixed": float(self.fixed[chosen].mean()),
+            f"{label}/fixed_before": float(self.fixed[before].mean()),
+            f"{label}/controlled": float(self.controlled[chosen].mean()),
+            f"{label}/controlled_before": float(self.controlled[before].mean()),
+        }
+
+
+def neighbours(base: np.ndarray, config: ControllerConfig) -> np.ndarray:
+    """Returns [K, S] configurations with the base's rate and decay times some factors, the base in the middle."""
+    rows = []
+    for rate in RATE_FACTORS:
+        for decay in DECAY_FACTORS:
+            values = {n: config.space[n].decode(float(v)) for n, v in zip(CONTROLLED, base, strict=True)}
+            values["learning_rate"] *= rate
+            values["weight_decay"] *= decay
+            bounds = {n: (config.space[n].low, config.space[n].high) for n in CONTROLLED}
+            rows.append([config.space[n].encode(float(np.clip(values[n], *bounds[n]))) for n in CONTROLLED])
+    return np.array(rows, np.float32)
+
+
+def choose_release_base(
+    runner: RolloutRunner,
+    params: PolicyParams,
+    prior: Prior,
+    *,
+    horizon_told: bool,
+    num_steps: int,
+    tasks: Sequence[int],
+    seed: int,
+) -> BaseChoice:
+    """Runs the neighbours of a base on tasks of the last (largest) pool, with and without the policy.
+
+    Args:
+      runner: of validation pools; the last is the largest.
+      params, prior: the trained controller.
+      horizon_told: whether to choose the base for a known horizon.
+      num_steps: optimizer steps of an interval.
+      tasks: indices into the pool; every candidate runs on each, from the same initial weights.
+      seed: of those.
+    """
+    pool, told = len(runner.pools) - 1, int(horizon_told)
+    candidates = neighbours(np.asarray(prior.base)[told], runner.config)
+    padded = (list(tasks) * CHUNK)[: -(-len(tasks) // CHUNK) * CHUNK]
+    seeds = np.random.default_rng([seed, 21]).integers(2**31, size=len(padded))
+
+    def chunks(start: np.ndarray | None) -> list[Chunk]:
+        return [
+            make_chunk(
+                pool,
+                num_steps,
+                task=padded[first : first + CHUNK],
+                initialization=seeds[first : first + CHUNK],
+                horizon_told=horizon_told,
+                start=start,
+                num_start=len(CONTROLLED),
+            )
+            for first in range(0, len(padded), CHUNK)
+        ]
+
+    def score(prior: Prior, start: np.ndarray | None, act: bool) -> np.ndarray:
+        episodes: Any = runner.run(chunks(start), params, prior, act=act, label="release base")
+        return relative_scores(concatenate(episodes))[: len(tasks)]
+
+    fixed, controlled = [], []
+    for candidate in candidates:
+        base = np.array(prior.base, np.float32)
+        base[told] = candidate
+        moved = prior._replace(base=base)
+        fixed.append(score(moved, candidate, False))
+        controlled.append(score(moved, None, True))
+    return BaseChoice(candidates, np.stack(fixed), np.stack(controlled))
+
+
+def released_prior(
+    runner: RolloutRunner,
+    params: PolicyParams,
+    prior: Prior,
+    *,
+    num_steps: int,
+    seed: int,
+    log: Callable[[dict[str, Any]], None],
+) -> tuple[Prior, dict[str, float]]:
+    """Chooses both bases, for an unknown and for a known horizon.
+
+    Args:
+      runner, params, prior, num_steps, seed: as in `choose_release_base`.
+      log: called once for each.
+
+    Returns:
+      The prior with the chosen bases, and their figures by name.
+    """
+    size = len(runner.pools[-1])
+    tasks = np.unique(np.linspace(0, size - 1, min(NUM_TASKS, size)).round().astype(int)).tolist()
+    base, records = np.array(prior.base, np.float32), {}
+    for told, label in ((False, "unknown"), (True, "known")):
+        choice = choose_release_base(
+            runner, params, prior, horizon_told=told, num_steps=num_steps, tasks=tasks, seed=seed
+        )
+        base[int(told)] = choice.candidates[choice.chosen]
+        record = choice.record(runner.config, label)
+        log({"phase": "release base", **record})
+        records |= record
+    return prior._replace(base=base), records
