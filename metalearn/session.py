@@ -6,7 +6,7 @@ Shape legend: G parameter group, A controlled group hyperparameter, B controlled
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from metalearn.controller.actions import (
     trust_region,
     values,
 )
-from metalearn.controller.config import CONTROLLED, GLOBAL_CONTROLLED, GROUP_CONTROLLED, ROLES
+from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, ROLES
 from metalearn.controller.decision import Decision
 from metalearn.controller.observation import budget_descriptors, profile_descriptors
 from metalearn.errors import InvalidArgumentError, SessionError
@@ -87,8 +87,9 @@ class Session:
         batch_size: int | None,
         interval: int | None,
         initial: Sequence[Mapping[str, float]] | None,
+        withheld: Sequence[Collection[str]] | None,
     ) -> None:
-        _check(roles, horizon, batch_size, interval, initial)
+        _check(roles, horizon, batch_size, interval, initial, withheld)
         # NumPy's integers are welcome, but a state_dict holds plain ones.
         horizon, batch_size, interval = (None if n is None else int(n) for n in (horizon, batch_size, interval))
         self._controller, self._config = controller, controller.config
@@ -98,7 +99,12 @@ class Session:
         epoch = profile.num_interactions / batch_size if batch_size else None
         self.interval = interval or decision_interval(self._config.num_decisions, horizon, epoch)
         self._epoch = math.nan if epoch is None else epoch
-        self._bound = [name in space for name in GROUP_CONTROLLED], [name in space for name in GLOBAL_CONTROLLED]
+        kept = withheld if withheld is not None else [()] * len(roles)
+        self._bound = (
+            np.array([[name in space and name not in names for name in GROUP_CONTROLLED] for names in kept]),
+            np.array([name in space for name in GLOBAL_CONTROLLED]),
+        )
+        """[G, A] and [B]: what may be changed"""
 
         normalizer = controller.checkpoint.normalizer
         budget = budget_descriptors(
@@ -227,7 +233,6 @@ class Session:
 
     def _arguments(self) -> dict[str, Any]:
         """Returns what a session must have in common with one whose state it takes over."""
-        bound = zip(CONTROLLED, (*self._bound[0], *self._bound[1]), strict=True)
         return {
             "version": STATE_VERSION,
             "controller": self._controller.fingerprint,
@@ -236,7 +241,8 @@ class Session:
             "horizon": self.horizon,
             "batch_size": self.batch_size,
             "interval": self.interval,
-            "hyperparameters": [name for name, on in bound if on],
+            "hyperparameters": [[*_chosen(GROUP_CONTROLLED, row)] for row in self._bound[0]]
+            + [[*_chosen(GLOBAL_CONTROLLED, self._bound[1])]],
             "domain": self._fingerprint,
         }
 
@@ -265,29 +271,30 @@ class Session:
 
     def _decide(self, index: int, status: str, explain: Callable[[], tuple[str, ...]]) -> Decision:
         self._values = decoded = values(self._position, self._config, np)
-        columns = {
-            name: getattr(decoded, name) for name, on in zip(GROUP_CONTROLLED, self._bound[0], strict=True) if on
-        }
         return Decision(
             index=index,
             step=self._steps,
             status=status,  # type: ignore[arg-type]
-            groups=tuple({name: float(v[g]) for name, v in columns.items()} for g in range(self.num_groups)),
-            run={n: float(getattr(decoded, n)) for n, on in zip(GLOBAL_CONTROLLED, self._bound[1], strict=True) if on},
+            groups=tuple(
+                {name: float(getattr(decoded, name)[g]) for name in _chosen(GROUP_CONTROLLED, self._bound[0][g])}
+                for g in range(self.num_groups)
+            ),
+            run={name: float(getattr(decoded, name)) for name in _chosen(GLOBAL_CONTROLLED, self._bound[1])},
             schedule=self.multiplier(self._steps),
             confidence=self._trust,
             explain=explain,
         )
 
     def _controls(self) -> Controls:
-        """What was in force during the interval that ended just now."""
+        """What was in force during the interval that ended just now; NaN for what is not ours to set."""
         group_residual, run_residual = relative_residual(self._position, self._config, np)
+        in_group, in_run = (np.where(bound, 1.0, math.nan) for bound in self._bound)
         return Controls(
-            learning_rate=self._values.learning_rate * self.multiplier(self._steps - 1),
-            weight_decay=self._values.weight_decay,
-            group_residual=group_residual,
-            dropout=np.float64(self._values.dropout),
-            dropout_residual=run_residual[0],
+            learning_rate=self._values.learning_rate * self.multiplier(self._steps - 1) * in_group[:, 0],
+            weight_decay=self._values.weight_decay * in_group[:, 1],
+            group_residual=group_residual * in_group,
+            dropout=np.float64(self._values.dropout) * in_run[0],
+            dropout_residual=run_residual[0] * in_run[0],
             progress=np.float64(math.nan if self.horizon is None else self._steps / self.horizon),
             epochs=np.float64(self._steps / self._epoch),
         )
@@ -335,7 +342,7 @@ class Session:
         self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, action: np.ndarray, count: int = 2
     ) -> tuple[str, ...]:
         """Names the features that moved the learning rate most, each set to its median in turn (occlusion)."""
-        if self._trust == 0.0 or not self._bound[0][0]:
+        if self._trust == 0.0 or not self._bound[0][:, 0].any():
             return ()
         columns, run_columns = np.flatnonzero(group.any(0)), np.flatnonzero(run)
         split, count_all = len(columns), len(columns) + len(run_columns)
@@ -350,6 +357,11 @@ class Session:
             name for name in sorted(effect, key=lambda name: -abs(effect[name]))[:count] if abs(effect[name]) >= 0.005
         ]
         return tuple(f"{name} moved the learning rate's step by {effect[name]:+.2f} of the largest" for name in top)
+
+
+def _chosen(names: Sequence[str], mask: np.ndarray) -> list[str]:
+    """Returns the names that a mask lets through."""
+    return [name for name, on in zip(names, mask.tolist(), strict=True) if on]
 
 
 def _flat(group: np.ndarray, run: np.ndarray) -> np.ndarray:
@@ -385,6 +397,7 @@ def _check(
     batch_size: int | None,
     interval: int | None,
     initial: Sequence[Mapping[str, float]] | None,
+    withheld: Sequence[Collection[str]] | None,
 ) -> None:
     """Refuses bad arguments by name."""
     if not roles:
@@ -392,8 +405,9 @@ def _check(
     for role in roles:
         if role not in ROLES:
             raise InvalidArgumentError(f"`roles` must be among {ROLES}, got {role!r}")
-    if initial is not None and len(initial) != len(roles):
-        raise InvalidArgumentError(f"`initial` must have one entry for each of {len(roles)} groups, got {len(initial)}")
+    for name, rows in (("initial", initial), ("withheld", withheld)):
+        if rows is not None and len(rows) != len(roles):
+            raise InvalidArgumentError(f"`{name}` must have one entry for each of {len(roles)} groups, got {len(rows)}")
     for name, value, least, what in (
         ("horizon", horizon, MIN_INTERVAL, "the optimizer steps of the whole run, or None if unknown"),
         ("batch_size", batch_size, 1, "the training samples of one step, or None if unknown"),

@@ -140,7 +140,7 @@ def test_resuming_keeps_initial_values(controller: Controller):
         ({"interval": 10}, "interval=50, this session 10"),
         (
             {"space": CANONICAL_SPACE.subset(["dropout", "batch_size"])},
-            r"hyperparameters=.*, this session \['dropout'\]",
+            r"hyperparameters=.*, this session \[\[\], \[\], \['dropout'\]\]",
         ),
         ({"profile": make_profile(1)}, "domain='0+', this session '0+1'; start it with the arguments of the saved run"),
     ],
@@ -325,3 +325,13 @@ def test_decisions_do_not_depend_on_wall_clock_time(controller: Controller):
     one, other = start(controller), start(controller)
     for statistics in INTERVALS:
         assert one.tell(statistics) == other.tell(statistics._replace(seconds=np.float64(1e9)))
+
+
+def test_what_a_group_keeps_to_itself_is_not_decided(controller: Controller):
+    session = start(controller, withheld=[("weight_decay",), ()])
+    for interval in INTERVALS[:5]:
+        decision = session.tell(interval)
+        assert set(decision.groups[0]) == {"learning_rate", "beta1"}
+        assert set(decision.groups[1]) == {"learning_rate", "weight_decay", "beta1"}
+    with pytest.raises(InvalidArgumentError, match="`withheld` must have one entry for each of 2 groups, got 1"):
+        start(controller, withheld=[()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,10 @@ def test_a_real_offline_run_lies_in_the_folder_given(tmp_path: Path, capfd: pyte
         tracker.artifact(path, "controller")
     (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
     (record,) = folder.glob("run-*.wandb")
-    content = record.read_bytes()
+    content, deadline = record.read_bytes(), time.monotonic() + 60
+    while b"optimizer_step" not in content and time.monotonic() < deadline:
+        time.sleep(0.2)  # its service may write what it was handed a little later
+        content = record.read_bytes()
     for text in (b"controller/0/group_0/learning_rate", b"controller/0/reasons", b"optimizer_step"):
         assert text in content
     assert capfd.readouterr() == ("", "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +45,7 @@ class Controller:
         batch_size: int | None = None,
         interval: int | None = None,
         initial: Sequence[dict[str, float]] | None = None,
+        withheld: Sequence[Collection[str]] | None = None,
     ) -> Session:
         """Starts a session on a domain; `ask` it for the start configuration.
 
@@ -57,6 +58,7 @@ class Controller:
           interval: steps between decisions; by default the horizon over the controller's number of decisions.
           initial: per group, values to start from instead of the controller's own start: for optimizers it was not
             trained on.
+          withheld: per group, hyperparameters of `space` that this group keeps to itself.
 
         Raises:
           InvalidArgumentError: an argument is out of range; the message names it.
@@ -72,6 +74,7 @@ class Controller:
             batch_size=batch_size,
             interval=interval,
             initial=initial,
+            withheld=withheld,
         )
 
 

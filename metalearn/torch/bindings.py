@@ -111,6 +111,8 @@ class Bindings:
         self._own_dropouts = [module.p for module in self._dropouts]
         self._initial_rates = [self._initial_rate(i, group) for i, group in enumerate(optimizer.param_groups)]
         self.masked: dict[str, str] = self._masks()
+        self.withheld: list[list[str]] = self._withheld()
+        """per parameter group, what it keeps to itself"""
         self.steps = 0
         """optimizer steps done"""
         self.seconds = 0.0
@@ -176,6 +178,19 @@ class Bindings:
                     if name not in masked and not known.low <= value <= known.high:
                         masked[name] = f"{value:g} lies outside the controlled range [{known.low:g}, {known.high:g}]"
         return masked
+
+    def _withheld(self) -> list[list[str]]:
+        """Leaves a group's weight decay of 0 alone where other groups have one: biases and norms are excluded so."""
+        decays = [group.get("weight_decay", 0.0) for group in self._optimizer.param_groups]
+        withheld: list[list[str]] = [[] for _ in decays]
+        if any(decays) and "weight_decay" not in self.masked:
+            for index, decay in enumerate(decays):
+                if decay == 0.0:
+                    withheld[index].append("weight_decay")
+                    self.masked[f"weight_decay[{index}]"] = (
+                        f"parameter group {index} has weight_decay=0, which it keeps"
+                    )
+        return withheld
 
     @staticmethod
     def _initial_rate(index: int, group: Mapping[str, Any]) -> float:

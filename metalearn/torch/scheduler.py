@@ -108,6 +108,7 @@ class MetaScheduler:
             batch_size=batch_size,
             interval=interval,
             initial=None if self._bindings.uses_prior else self._bindings.initial(),
+            withheld=self._bindings.withheld,
         )
         self._interval = self._session.interval
         self._metric, self._sign = metric, 1.0 if mode == "max" else -1.0

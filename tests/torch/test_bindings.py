@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from envs.domains import Domain
+from metalearn import Controller
 from metalearn.errors import InvalidArgumentError, SessionError
+from metalearn.torch import MetaScheduler
 from metalearn.torch.bindings import Bindings, dropout_modules, infer_roles
 
 VALUES = {"learning_rate": 0.02, "weight_decay": 0.3, "beta1": 0.8}
@@ -305,3 +308,33 @@ def test_factors_of_other_schedulers_stay_relative_to_the_initial_rate_after_a_r
     step(optimizer)
     assert watch.seen[0][0]["lr"] == pytest.approx(0.02 * 0.5 * 0.1)
     assert restored.steps == bindings.steps == 2
+
+
+def test_groups_without_weight_decay_stay_so(controller: Controller, domain: Domain):
+    table, bias = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([{"params": [table]}, {"params": [bias], "weight_decay": 0.0}])
+    scheduler = MetaScheduler(optimizer, domain=domain.profile, controller=controller, horizon=40)
+    assert scheduler.masked["weight_decay[1]"] == "parameter group 1 has weight_decay=0, which it keeps"
+    seen = []
+    optimizer.register_step_post_hook(lambda *_: None)
+    for _ in range(40):
+        loss = table.square().sum() + bias.square().sum()
+        loss.backward()
+        for hook in list(optimizer._optimizer_step_pre_hooks.values()):
+            hook(optimizer, (), {})
+        seen.append([group["weight_decay"] for group in optimizer.param_groups])
+        for hook in list(optimizer._optimizer_step_post_hooks.values()):
+            hook(optimizer, (), {})
+        scheduler.step(loss)
+        if scheduler.should_validate:
+            scheduler.report(0.1)
+    assert all(decay == 0.0 for _, decay in seen)
+    assert all(decay > 0.0 for decay, _ in seen)
+    assert all("weight_decay" in d.groups[0] and "weight_decay" not in d.groups[1] for d in scheduler.decisions)
+
+
+def test_a_loop_without_any_weight_decay_gets_the_controllers(controller: Controller, domain: Domain):
+    table = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([table], weight_decay=0.0)
+    scheduler = MetaScheduler(optimizer, domain=domain.profile, controller=controller, horizon=40)
+    assert scheduler.decision.groups[0]["weight_decay"] > 0.0
