@@ -1,6 +1,6 @@
-"""Domains: interactions with splits that respect time, the checks that nothing leaks, and what is evaluated.
+"""Domains: interactions with splits that respect time, and the checks that nothing leaks.
 
-Shape legend: U users, I items, N interactions, E evaluated users.
+Shape legend: U users, I items, N interactions, C content features.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -27,32 +27,6 @@ MIN_EVALUABLE_USERS = 20
 """Fewest users with a target that a time split may leave in validation or test: fewer measure nothing."""
 
 
-class CSR(NamedTuple):
-    """Lists of item codes of varying length, one per row, in compressed form.
-
-    Row `r` is `indices[indptr[r]:indptr[r + 1]]`, ascending and without repeats.
-    """
-
-    indptr: np.ndarray
-    """int64 [E + 1]."""
-    indices: np.ndarray
-    """int32 [total]."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of entries of each row, int64 [E]."""
-        return np.diff(self.indptr)
-
-    @property
-    def rows(self) -> np.ndarray:
-        """Row of each entry, int64 [total]."""
-        return np.repeat(np.arange(len(self.indptr) - 1), self.lengths)
-
-    def row(self, index: int) -> np.ndarray:
-        """Entries of one row."""
-        return self.indices[self.indptr[index] : self.indptr[index + 1]]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Domain:
     """A recommendation problem: training, validation and test interactions in one code space.
@@ -65,9 +39,11 @@ class Domain:
         split: "time" (one pair of cutoffs for everyone) or "leave-last-out" (each user's last two items).
         provenance: where the data is from: source, licence, credit.
         item_titles: object [I], or None.
+        item_content: float32 [I, C], a vector of what each item is, or None.
+        exposures: pairs that were shown in the time of training and not taken, or None where nothing was recorded.
 
     Raises:
-        InvalidArgumentError: if the three parts do not share one code space.
+        InvalidArgumentError: if the parts do not share one code space.
     """
 
     name: str
@@ -77,16 +53,22 @@ class Domain:
     split: Split
     provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
     item_titles: np.ndarray | None = None
+    item_content: np.ndarray | None = None
+    exposures: Interactions | None = None
 
     def __post_init__(self) -> None:
         shape = (self.num_users, self.num_items)
-        for part_name in ("validation", "test"):
+        for part_name in ("validation", "test", "exposures"):
             part = getattr(self, part_name)
-            if (part.num_users, part.num_items) != shape:
+            if part is not None and (part.num_users, part.num_items) != shape:
                 raise InvalidArgumentError(
                     f"`{part_name}` must share the code space of `train` ({shape[0]} users, {shape[1]} items), got "
                     f"{part.num_users} users, {part.num_items} items; use make_domain, or select() parts of one table"
                 )
+        if self.item_content is not None and len(self.item_content) != self.num_items:
+            raise InvalidArgumentError(
+                f"`item_content` must have a row per item ({self.num_items}), got {len(self.item_content)}"
+            )
         if self.split not in ("time", "leave-last-out"):
             raise InvalidArgumentError(f"`split` must be 'time' or 'leave-last-out', got {self.split!r}")
 
@@ -119,6 +101,8 @@ def make_domain(
     test_fraction: float = 0.1,
     provenance: Mapping[str, str] | None = None,
     item_titles: np.ndarray | None = None,
+    item_content: np.ndarray | None = None,
+    exposures: Interactions | None = None,
     seed: int = 0,
 ) -> Domain:
     """Split interactions into training, validation and test, with no future in training.
@@ -145,6 +129,9 @@ def make_domain(
         test_fraction: share of rows wanted in test, in (0, 1); "time" only.
         provenance: source, licence and credit to keep with the domain.
         item_titles: object [interactions.num_items], titles by item code.
+        item_content: float32 [interactions.num_items, C], vectors by item code.
+        exposures: pairs shown and not taken, in the codes of `interactions`; kept are those of the time of training (of
+            the user's, under "leave-last-out"), of users and items that training knows, and of pairs that no part has.
         seed: of the random order where rows carry none.
 
     Returns:
@@ -160,7 +147,7 @@ def make_domain(
         >>> len(domain.train), len(domain.validation), len(domain.test)
         (2, 1, 1)
     """
-    _check_arguments(interactions, split, validation_fraction, test_fraction, item_titles)
+    _check_arguments(interactions, split, validation_fraction, test_fraction, item_titles, item_content, exposures)
     if split == "auto":
         split = "leave-last-out" if interactions.timestamp is None else "time"
     minima = (min_user_interactions, min_item_interactions)
@@ -169,7 +156,7 @@ def make_domain(
     else:
         parts = split_last_out(interactions, minima, seed)
     _check_evaluable(interactions, parts, name, split)
-    domain = _assemble(interactions, parts, name, split, provenance, item_titles)
+    domain = _assemble(interactions, parts, name, split, provenance, item_titles, item_content, exposures)
     check_leakage(domain)
     return domain
 
@@ -180,6 +167,8 @@ def _check_arguments(
     validation_fraction: float,
     test_fraction: float,
     item_titles: np.ndarray | None,
+    item_content: np.ndarray | None,
+    exposures: Interactions | None,
 ) -> None:
     if split not in ("auto", "time", "leave-last-out"):
         raise InvalidArgumentError(f"`split` must be 'auto', 'time' or 'leave-last-out', got {split!r}")
@@ -194,9 +183,16 @@ def _check_arguments(
         raise InvalidArgumentError(
             f"`validation_fraction` + `test_fraction` must be below 1, got {validation_fraction + test_fraction}"
         )
-    if item_titles is not None and len(item_titles) != interactions.num_items:
+    for argument, rows in (("item_titles", item_titles), ("item_content", item_content)):
+        if rows is not None and len(rows) != interactions.num_items:
+            raise InvalidArgumentError(
+                f"`{argument}` must have a row per item code ({interactions.num_items}), got {len(rows)}"
+            )
+    shape = (interactions.num_users, interactions.num_items)
+    if exposures is not None and (exposures.num_users, exposures.num_items) != shape:
         raise InvalidArgumentError(
-            f"`item_titles` must hold one title per item code ({interactions.num_items}), got {len(item_titles)}"
+            f"`exposures` must share the code space of `interactions` ({shape[0]} users, {shape[1]} items), got "
+            f"{exposures.num_users} users, {exposures.num_items} items; select() both from one table"
         )
 
 
@@ -227,16 +223,19 @@ def _assemble(
     split: Split,
     provenance: Mapping[str, str] | None,
     item_titles: np.ndarray | None,
+    item_content: np.ndarray | None,
+    exposures: Interactions | None,
 ) -> Domain:
     """Compact the codes on the union of the parts, which are the codes of training since the others are warm."""
     rows = np.concatenate(parts)
     kept = interactions.select(rows).compact()
-    titles = None
-    if item_titles is not None:
-        titles = np.empty(kept.num_items, dtype=object)
-        titles[kept.item] = np.asarray(item_titles, dtype=object)[interactions.item[rows]]
+    item_of = np.zeros(kept.num_items, dtype=np.int64)
+    item_of[kept.item] = interactions.item[rows]
     bounds = np.cumsum([0, *(len(part) for part in parts)])
     train, validation, test = (kept.select(np.arange(low, high)) for low, high in itertools.pairwise(bounds))
+    if exposures is not None:
+        exposures = _recode(exposures, interactions, rows, kept)
+        exposures = exposures.select(_is_before(exposures, (validation, test), split))
     return Domain(
         name=name,
         train=train,
@@ -244,8 +243,34 @@ def _assemble(
         test=test,
         split=split,
         provenance=dict(provenance or {}),
-        item_titles=titles,
+        item_titles=None if item_titles is None else np.asarray(item_titles, dtype=object)[item_of],
+        item_content=None if item_content is None else np.asarray(item_content, dtype=np.float32)[item_of],
+        exposures=exposures,
     )
+
+
+def _recode(exposures: Interactions, interactions: Interactions, rows: np.ndarray, kept: Interactions) -> Interactions:
+    """Put exposures into the codes of `kept`, without users and items that it lacks and pairs that it has."""
+    code = {}
+    for side in ("user", "item"):
+        code[side] = np.full(getattr(interactions, f"num_{side}s"), -1, dtype=np.int32)
+        code[side][getattr(interactions, side)[rows]] = getattr(kept, side)
+    user, item = code["user"][exposures.user], code["item"][exposures.item]
+    keep = (user >= 0) & (item >= 0)
+    keep &= ~is_among(user.astype(np.int64) * kept.num_items + item, pair_codes(kept))
+    time = None if exposures.timestamp is None else exposures.timestamp[keep]
+    return dataclasses.replace(kept, user=user[keep], item=item[keep], timestamp=time, rating=None)
+
+
+def _is_before(exposures: Interactions, evaluated: tuple[Interactions, ...], split: Split) -> np.ndarray:
+    """Whether exposures are earlier than what is evaluated: anything under "time", else anything of the same user."""
+    first = np.full(exposures.num_users, np.inf)
+    for part in evaluated:
+        if part.timestamp is not None:
+            np.minimum.at(first, part.user, part.timestamp)
+    if split == "time":
+        first[:] = first.min()
+    return first[exposures.user] > (-1.0 if exposures.timestamp is None else exposures.timestamp)
 
 
 def check_leakage(domain: Domain) -> None:
@@ -289,97 +314,3 @@ def _check_pairs(earlier: Interactions, later: Interactions, earlier_name: str, 
             f"{both.sum()} of {len(later)} `{later_name}` pairs are in `{earlier_name}` as well, first user code "
             f"{later.user[row]} with item code {later.item[row]}; drop evaluated pairs from `{earlier_name}`"
         )
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Cohorts:
-    """Groups of users and items to report metrics by.
-
-    Args:
-        user: int8 [U], index into `USER_COHORTS`.
-        item: int8 [I], index into `ITEM_COHORTS`.
-    """
-
-    user: np.ndarray
-    item: np.ndarray
-
-
-USER_COHORTS = ("light", "medium", "heavy")
-ITEM_COHORTS = ("head", "mid", "tail")
-
-
-def cohorts(domain: Domain) -> Cohorts:
-    """Group users by activity and items by popularity, both counted on training.
-
-    Users: terciles of the number of interactions; equal counts stay together, so groups can differ in size.
-    Items: in order of popularity, the head receives the first third of interactions, mid the second, tail the last.
-    """
-    activity = np.bincount(domain.train.user, minlength=domain.num_users)
-    user = np.searchsorted(np.quantile(activity, [1 / 3, 2 / 3]), activity, side="left")
-    popularity = np.bincount(domain.train.item, minlength=domain.num_items)
-    order = np.argsort(-popularity, kind="stable")
-    before = np.cumsum(popularity[order]) - popularity[order]
-    item = np.empty(domain.num_items, dtype=np.int8)
-    item[order] = np.minimum(3 * before // max(int(popularity.sum()), 1), 2)
-    return Cohorts(user=user.astype(np.int8), item=item)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class EvaluationSet:
-    """Users to rank items for, what to hide from their lists and what they are scored on.
-
-    Args:
-        users: int32 [E], ascending user codes.
-        seen: items to hide, E rows: training items, for test those of validation as well.
-        targets: relevant items, E rows of at least one.
-        num_items: size of the catalogue.
-    """
-
-    users: np.ndarray
-    seen: CSR
-    targets: CSR
-    num_items: int
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-
-def evaluation_set(
-    domain: Domain, split: Literal["validation", "test"], *, max_users: int | None = None, seed: int = 0
-) -> EvaluationSet:
-    """Collect the users of a split that have a target, what they have seen and what they should be offered.
-
-    Args:
-        domain: the domain.
-        split: "validation" or "test".
-        max_users: evaluate a random sample of at most this many users; all by default.
-        seed: of that sample.
-
-    Raises:
-        InvalidArgumentError: if `split` is unknown or `max_users` is not positive.
-    """
-    if split not in ("validation", "test"):
-        raise InvalidArgumentError(f"`split` must be 'validation' or 'test', got {split!r}")
-    if max_users is not None and max_users < 1:
-        raise InvalidArgumentError(f"`max_users` must be a positive int or None, got {max_users}")
-    evaluated = domain.validation if split == "validation" else domain.test
-    users = np.flatnonzero(np.bincount(evaluated.user, minlength=domain.num_users)).astype(np.int32)
-    if max_users is not None and len(users) > max_users:
-        users = np.sort(np.random.default_rng(seed).choice(users, size=max_users, replace=False))
-    known = [domain.train] if split == "validation" else [domain.train, domain.validation]
-    return EvaluationSet(
-        users=users, seen=_csr(known, users), targets=_csr([evaluated], users), num_items=domain.num_items
-    )
-
-
-def _csr(parts: list[Interactions], users: np.ndarray) -> CSR:
-    num_items = parts[0].num_items
-    row_of_user = np.full(parts[0].num_users, -1, dtype=np.int64)
-    row_of_user[users] = np.arange(len(users))
-    row = np.concatenate([row_of_user[part.user] for part in parts])
-    item = np.concatenate([part.item for part in parts])
-    key = np.sort(row[row >= 0] * num_items + item[row >= 0])
-    key = key[np.diff(key, prepend=-1) != 0]
-    indptr = np.zeros(len(users) + 1, dtype=np.int64)
-    np.cumsum(np.bincount(key // num_items, minlength=len(users)), out=indptr[1:])
-    return CSR(indptr=indptr, indices=(key % num_items).astype(np.int32))

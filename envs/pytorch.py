@@ -1,6 +1,6 @@
 """A real PyTorch training run behind the environment protocol: what the JAX environment stands for, at full cost.
 
-Shape legend: G = 2 parameter group.
+Shape legend: G parameter group.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from envs.domains import Domain
-from envs.recommenders import Evaluator, MatrixFactorization, TripleSampler
+from envs.recommenders import RECOMMENDERS, Evaluator, Recommender, Sampler
 from metalearn.controller.actions import Values, schedule_multiplier
-from metalearn.meta_training.environment import Plan
+from metalearn.errors import InvalidArgumentError
+from metalearn.meta_training.environment import DIVERGED_RATIO, Plan, Status
 from metalearn.signals import IntervalStatistics
 from metalearn.torch.averaging import AVERAGE_EVERY, WeightAverage
+from metalearn.torch.bindings import dropout_modules
 from metalearn.torch.monitor import Monitor
 
 
@@ -25,49 +27,67 @@ from metalearn.torch.monitor import Monitor
 class TrainingRun:
     """The state of the environment: a model in training. It is mutated in place and handed back."""
 
-    model: MatrixFactorization
+    model: Recommender
     optimizer: torch.optim.AdamW
-    sampler: TripleSampler
+    sampler: Sampler
     average: WeightAverage
     monitor: Monitor | None = None
     best_validation: float = -math.inf
     best_weights: dict[str, torch.Tensor] | None = None
-    diverged: bool = False
+    untrained_loss: float = math.nan
+    interval_loss: float = math.nan
+    nonfinite: int = 0
 
 
 class PyTorchEnvironment:
-    """Fulfils `metalearn.meta_training.environment.Environment` for matrix factorisation on a `Domain`.
+    """Fulfils `metalearn.meta_training.environment.Environment` for a recommender on a `Domain`.
 
     Not pure: `step` trains the state's model and returns the same state.
 
     Args:
+      recommender: name in `RECOMMENDERS`.
       dim: embedding dimension.
-      batch_size: triples per step.
+      batch_size: samples per step.
       max_users: users of an evaluation, None for all.
     """
 
-    def __init__(self, *, dim: int = 32, batch_size: int = 512, max_users: int | None = 2000) -> None:
+    def __init__(
+        self,
+        recommender: str = "matrix_factorization",
+        *,
+        dim: int = 32,
+        batch_size: int = 512,
+        max_users: int | None = 2000,
+    ) -> None:
+        if recommender not in RECOMMENDERS:
+            raise InvalidArgumentError(f"`recommender` must be one of {sorted(RECOMMENDERS)}, got {recommender!r}")
+        self._family = recommender
         self._dim, self._batch_size, self._max_users = dim, batch_size, max_users
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Role of every parameter group."""
+        return RECOMMENDERS[self._family].roles
+
+    @property
     def num_groups(self) -> int:
-        """Parameter groups: the user table, and the item table with its biases."""
-        return 2
+        """Parameter groups."""
+        return len(self.roles)
 
     @property
     def samples_per_step(self) -> int:
-        """Training triples per step."""
+        """Training samples per step."""
         return self._batch_size
 
     def reset(self, task: Domain, *, key: int) -> TrainingRun:
         """Initialises model, optimizer and sampler from the seed `key`."""
         generator = torch.Generator().manual_seed(key)
-        model = MatrixFactorization(task.num_users, task.num_items, self._dim, generator=generator)
+        model = RECOMMENDERS[self._family].for_domain(task, dim=self._dim, generator=generator)
         optimizer = torch.optim.AdamW(model.parameter_groups())
         return TrainingRun(
             model=model,
             optimizer=optimizer,
-            sampler=TripleSampler(task.train, self._batch_size, seed=key),
+            sampler=model.sampler(task, self._batch_size, seed=key),
             average=WeightAverage(list(model.parameters())),
         )
 
@@ -82,15 +102,17 @@ class PyTorchEnvironment:
         metric = self._validate(task, state, averaged=averaged)
         assert state.monitor is not None
         statistics = state.monitor.statistics(validation=metric, batch_size=self._batch_size)
-        state.diverged |= bool(statistics.nonfinite > 0)
-        return state, statistics if not plan.single_group else _padded(statistics)
+        state.nonfinite += int(statistics.nonfinite)
+        state.interval_loss = float(statistics.loss_sum) / int(plan.num_steps)
+        return state, _padded(statistics, self.num_groups) if plan.single_group else statistics
 
     def _train(self, state: TrainingRun, values: Values, plan: Plan) -> None:
         steps, horizon = int(plan.num_steps), float(plan.horizon)
         if state.monitor is None:
             groups = [{"params": list(state.model.parameters())}] if plan.single_group else state.optimizer.param_groups
             state.monitor = Monitor(torch.optim.AdamW(groups), steps)
-        state.model.dropout.p = float(values.dropout)
+        for module in dropout_modules(state.model):
+            module.p = float(values.dropout)
         for index in range(steps):
             progress = (int(plan.first_step) + index) / horizon
             multiplier = float(schedule_multiplier(np.float64(progress), np))
@@ -105,6 +127,8 @@ class PyTorchEnvironment:
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.monitor.record(loss)
+            if math.isnan(state.untrained_loss):
+                state.untrained_loss = loss.item()
             if not math.isfinite(horizon) and (index + 1) % AVERAGE_EVERY == 0:
                 state.average.update()
 
@@ -117,6 +141,13 @@ class PyTorchEnvironment:
         value = Evaluator(task, "test", max_users=self._max_users)(state.model).mean_ndcg
         state.model.load_state_dict(current)
         return value
+
+    def status(self, state: TrainingRun) -> Status:
+        """Returns the `Status` of the run."""
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in state.model.parameters())
+        if state.nonfinite or not finite:
+            return Status.NONFINITE
+        return Status.DIVERGED if state.interval_loss > DIVERGED_RATIO * state.untrained_loss else Status.RUNNING
 
     def _validate(self, task: Domain, state: TrainingRun, *, averaged: bool) -> float:
         evaluate = Evaluator(task, "validation", max_users=self._max_users)
@@ -134,10 +165,10 @@ class PyTorchEnvironment:
             return measure()
 
 
-def _padded(statistics: IntervalStatistics) -> IntervalStatistics:
-    """Pads one group's statistics to [G]: the protocol keeps G, the missing group is NaN."""
+def _padded(statistics: IntervalStatistics, num_groups: int) -> IntervalStatistics:
+    """Pads one group's statistics to [G]: the protocol keeps G, the missing groups are NaN."""
 
     def pad(value: Any) -> Any:
-        return np.array([value[0], math.nan]) if np.ndim(value) == 1 else value
+        return np.array([value[0], *[math.nan] * (num_groups - 1)]) if np.ndim(value) == 1 else value
 
     return IntervalStatistics(*(pad(value) for value in statistics))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 
 from envs.domains import Domain, make_domain
+from envs.events import EventConfig, EventfulEnvironment
+from envs.learners import TrainingData
 from envs.public import crop, draw_slice
-from envs.simulated import SimulatedPrior, simulate
-from envs.vectorized import Bucket, MatrixFactorizationEnvironment, Task, make_task, stack_tasks
+from envs.simulated import SimulatedPrior, simulate_domain
+from envs.vectorized import Bucket, Task, VectorizedEnvironment, make_task, stack_tasks
 from metalearn.controller.observation import PROFILE_DESCRIPTORS, profile_descriptors
 from metalearn.errors import InvalidArgumentError
 from metalearn.interactions import Interactions
+from metalearn.meta_training.environment import Environment
 
+NO_EVENTS = EventConfig()
 _ATTEMPTS = 8
 
 
@@ -30,27 +34,30 @@ class TaskPool:
       tasks: leaves have a leading axis of tasks.
       profiles: float32 [tasks, profile descriptors], raw, NaN where undefined.
       names: the domain each task comes from; simulated ones start with "simulated".
+      events: what may befall their episodes.
     """
 
     bucket: Bucket
     tasks: Task
     profiles: np.ndarray
     names: tuple[str, ...]
+    events: EventConfig = NO_EVENTS
 
     def __len__(self) -> int:
         return len(self.names)
 
     @property
-    def environment(self) -> MatrixFactorizationEnvironment:
+    def environment(self) -> Environment:
         """The environment that trains these tasks."""
-        return MatrixFactorizationEnvironment(self.bucket)
+        environment = VectorizedEnvironment(self.bucket)
+        return environment if self.events == NO_EVENTS else EventfulEnvironment(environment, self.events)
 
 
 def simulated_domain(bucket: Bucket, rng: np.random.Generator) -> Domain:
     """Draws a simulated domain that fits a bucket, its size log-uniform up to the bucket's."""
     low_users, low_items = max(bucket.users // 6, 100), max(bucket.items // 6, 80)
     prior = SimulatedPrior(users=(low_users, bucket.users), items=(low_items, bucket.items))
-    return _first_that_splits(lambda: simulate(prior, seed=rng), "simulated", "leave-last-out")
+    return _first_that_splits(lambda split: simulate_domain(prior, seed=rng, split=split), "simulated", "auto")
 
 
 FULL_SIZE = 4_096
@@ -76,14 +83,17 @@ def real_domain(name: str, interactions: Interactions, bucket: Bucket, rng: np.r
             min_items=minima[1],
         )
 
-    return _first_that_splits(draw, name, "time" if timed else "leave-last-out")
+    return _first_that_splits(
+        lambda split: make_domain(draw(), name=name, split=split), name, "time" if timed else "leave-last-out"
+    )
 
 
-def _first_that_splits(draw: Any, name: str, split: Any) -> Domain:
+def _first_that_splits(draw: Callable[[Any], Domain], name: str, split: str) -> Domain:
+    """Draws until a domain can be split; the later attempts leave the last ones out, which asks for less."""
     failure: InvalidArgumentError | None = None
     for attempt in range(_ATTEMPTS):
         try:
-            return make_domain(draw(), name=name, split=split if attempt < _ATTEMPTS // 2 else "leave-last-out")
+            return draw(split if attempt < _ATTEMPTS // 2 else "leave-last-out")
         except InvalidArgumentError as error:
             failure = error
     raise InvalidArgumentError(f"no usable slice of {name} in {_ATTEMPTS} draws; the last: {failure}") from failure
@@ -96,6 +106,7 @@ def build_pool(
     slices_per_domain: int,
     num_simulated: int,
     seed: int,
+    events: EventConfig = NO_EVENTS,
     cache: Path | None = None,
 ) -> TaskPool:
     """Builds the tasks of one bucket, or reads them from the cache.
@@ -106,19 +117,27 @@ def build_pool(
       slices_per_domain: slices drawn of each real domain.
       num_simulated: simulated domains beside them.
       seed: of every draw.
-      cache: folder for the pool; the key covers sources, bucket, counts and seed.
+      events: what may befall the pool's episodes.
+      cache: folder for the pool; the key covers sources, bucket, counts, prior and seed.
 
     Raises:
       InvalidArgumentError: no task could be made at all.
     """
     described = [(name, len(rows), rows.num_users, rows.num_items) for name, rows in sorted(sources.items())]
-    key = repr((described, bucket, slices_per_domain, num_simulated, seed, PROFILE_DESCRIPTORS))
+    prior = SimulatedPrior() if num_simulated else None
+    key = repr((described, bucket, slices_per_domain, num_simulated, prior, seed, PROFILE_DESCRIPTORS))
     path = cache / f"tasks-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz" if cache else None
     if path and path.exists():
         with np.load(path) as stored:
-            tasks = Task(*(stored[field] for field in Task._fields))
+            names = [name for name in Task._fields if name != "data"]
+            data = TrainingData(*(stored[f"data.{name}"] for name in TrainingData._fields))
+            tasks = Task(data, **{name: stored[name] for name in names})
             return TaskPool(
-                bucket=bucket, tasks=tasks, profiles=stored["profiles"], names=tuple(stored["names"].tolist())
+                bucket=bucket,
+                tasks=tasks,
+                profiles=stored["profiles"],
+                names=tuple(stored["names"].tolist()),
+                events=events,
             )
     domains = list(_domains(sources, bucket, slices_per_domain, num_simulated, seed))
     if not domains:
@@ -128,10 +147,19 @@ def build_pool(
         tasks=stack_tasks([make_task(domain, bucket, seed=index) for index, domain in enumerate(domains)]),
         profiles=np.stack([profile_descriptors(domain.profile) for domain in domains]).astype(np.float32),
         names=tuple(domain.name for domain in domains),
+        events=events,
     )
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, profiles=pool.profiles, names=np.array(pool.names), **pool.tasks._asdict())
+        arrays = pool.tasks._asdict()
+        data = arrays.pop("data")._asdict()
+        np.savez_compressed(
+            path,
+            profiles=pool.profiles,
+            names=np.array(pool.names),
+            **arrays,
+            **{f"data.{name}": value for name, value in data.items()},
+        )
     return pool
 
 

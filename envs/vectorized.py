@@ -12,11 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from envs.domains import Domain, EvaluationSet, evaluation_set
-from envs.learners import matrix_factorization as learner
+from envs.domains import Domain
+from envs.evaluation_sets import EvaluationSet, evaluation_set
+from envs.histories import histories
+from envs.learners import LEARNERS, OPTIMIZERS, Hyperparameters, Learner, Shape, TrainingData
+from envs.learners.learner import probe_sums
+from envs.learners.optimizers import OptimizerState
+from envs.learners.ranking import ndcg
 from metalearn.controller.actions import Values, schedule_multiplier
 from metalearn.errors import InvalidArgumentError
-from metalearn.meta_training.environment import Plan
+from metalearn.meta_training.environment import DIVERGED_RATIO, Plan, Status
 from metalearn.signals import IntervalStatistics, interval_statistics
 
 AVERAGE_EVERY = 8
@@ -32,8 +37,12 @@ class Bucket:
     Args:
       users, items, interactions: padded sizes of the training table.
       dim: embedding dimension.
-      batch: training triples per step.
+      batch: training samples per step.
       evaluated, targets: users in an evaluation set, and held-out items of each.
+      learner, optimizer: names in `LEARNERS` and `OPTIMIZERS`.
+      history: items of each user's history, for families that read sequences.
+      content: dimensions of item content.
+      exposures: pairs shown and not taken.
     """
 
     users: int
@@ -43,6 +52,21 @@ class Bucket:
     batch: int
     evaluated: int
     targets: int = 4
+    learner: str = "matrix_factorization"
+    optimizer: str = "adamw"
+    history: int = 0
+    content: int = 0
+    exposures: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("learner", LEARNERS), ("optimizer", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise InvalidArgumentError(f"`{name}` must be one of {sorted(known)}, got {getattr(self, name)!r}")
+
+    def make_learner(self) -> Learner:
+        """Returns the family at these sizes."""
+        shape = Shape(self.users, self.items, self.history, self.content)
+        return LEARNERS[self.learner](shape=shape, dim=self.dim, batch=self.batch)
 
 
 SMALL = Bucket(users=512, items=512, interactions=16_384, dim=8, batch=64, evaluated=256)
@@ -53,13 +77,7 @@ LARGE = Bucket(users=6_144, items=6_144, interactions=262_144, dim=32, batch=512
 class Task(NamedTuple):
     """One domain, padded to a bucket. Stacked along a leading axis it is a batch of tasks."""
 
-    user: Any
-    """int32 [N]"""
-    item: Any
-    """int32 [N]"""
-    num_interactions: Any
-    num_users: Any
-    num_items: Any
+    data: TrainingData
     validation_users: Any
     """int32 [E]; likewise below"""
     validation_targets: Any
@@ -73,18 +91,40 @@ class Task(NamedTuple):
     """NDCG@10 of ranking by popularity"""
     test_floor: Any
 
+    @property
+    def num_interactions(self) -> Any:
+        """Rows that an epoch consists of."""
+        return self.data.num_rows
+
+    @property
+    def num_users(self) -> Any:
+        """True number of users."""
+        return self.data.num_users
+
+    @property
+    def num_items(self) -> Any:
+        """True number of items."""
+        return self.data.num_items
+
 
 class EnvironmentState(NamedTuple):
-    """A model in training."""
+    """A model in training; weights are params of the bucket's learner."""
 
-    learner: learner.LearnerState
-    average: learner.Params
+    params: Any
+    optimizer: OptimizerState
+    average: Any
     num_averaged: Any
-    anchor: learner.Params
+    anchor: Any
     """weights at the previous probe"""
-    best: learner.Params
+    best: Any
     best_validation: Any
     steps: Any
+    untrained_loss: Any
+    """loss of the first step"""
+    interval_loss: Any
+    """mean loss of the last interval"""
+    nonfinite: Any
+    """steps whose loss was not finite"""
 
 
 def _pad(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
@@ -124,161 +164,226 @@ def make_task(domain: Domain, bucket: Bucket, *, seed: int = 0) -> Task:
             f"{bucket.users} and {bucket.items}; draw a smaller slice or use a larger bucket"
         )
     rng = np.random.default_rng(seed)
-    keep = np.sort(rng.permutation(len(train))[: bucket.interactions])
-    user, item = train.user[keep].astype(np.int32), train.item[keep].astype(np.int32)
-    popularity = np.bincount(item, minlength=bucket.items).astype(np.float32)
+    data = _training_data(domain, bucket, rng)
+    popularity = np.bincount(data.item[: int(data.num_rows)], minlength=bucket.items).astype(np.float32)
     sets, floors = [], []
     for split in ("validation", "test"):
         evaluation = evaluation_set(domain, split, max_users=bucket.evaluated, seed=seed)
-        padded = _padded_evaluation(evaluation, bucket, train.num_items, rng)
-        sets.extend(padded)
-        floors.append(_popularity_ndcg(popularity, *padded))
-    return Task(
-        _pad(user, bucket.interactions),
-        _pad(item, bucket.interactions),
-        np.float32(len(user)),
-        np.int32(train.num_users),
-        np.int32(train.num_items),
-        *sets,
-        *(np.float32(floor) for floor in floors),
+        users, targets, hidden = _padded_evaluation(evaluation, bucket, train.num_items, rng)
+        sets.extend((users, targets, hidden))
+        floors.append(np.float32(_floor(np.broadcast_to(popularity, hidden.shape), targets, hidden)))
+    return Task(data, *sets, *floors)
+
+
+_floor = jax.jit(ndcg)
+
+
+def _training_data(domain: Domain, bucket: Bucket, rng: np.random.Generator) -> TrainingData:
+    """Pads the training part; of more rows than fit a random part is kept, in order."""
+    train = domain.train
+    keep = np.sort(rng.permutation(len(train))[: bucket.interactions])
+    user, item = train.user[keep].astype(np.int32), train.item[keep].astype(np.int32)
+    content = np.zeros((bucket.items, bucket.content), np.float32)
+    if domain.item_content is not None:
+        width = min(bucket.content, domain.item_content.shape[1])
+        content[: train.num_items, :width] = domain.item_content[:, :width]
+    shown = (np.zeros(0, np.int32),) * 2
+    if domain.exposures is not None and bucket.exposures:
+        keep = rng.permutation(len(domain.exposures))[: bucket.exposures]
+        shown = domain.exposures.user[keep], domain.exposures.item[keep]
+    return TrainingData(
+        user=_pad(user, bucket.interactions),
+        item=_pad(item, bucket.interactions),
+        first_row=np.float32(0),
+        num_rows=np.float32(len(user)),
+        num_users=np.int32(train.num_users),
+        num_items=np.int32(train.num_items),
+        history=histories(user, item, num_users=bucket.users, length=bucket.history),
+        content=content,
+        exposed_user=_pad(shown[0].astype(np.int32), max(bucket.exposures, 1)),
+        exposed_item=_pad(shown[1].astype(np.int32), max(bucket.exposures, 1)),
+        num_exposures=np.float32(len(shown[0])),
     )
-
-
-@jax.jit
-def _popularity_ndcg(popularity: Any, users: Any, targets: Any, seen: Any) -> Any:
-    params = learner.Params(jnp.zeros((1, 1)), jnp.zeros((popularity.shape[0], 1)), popularity)
-    return learner.ndcg(params, jnp.minimum(users, 0), targets, seen)
 
 
 def stack_tasks(tasks: list[Task]) -> Task:
     """Stacks tasks of one bucket along a leading axis."""
-    return Task(*(np.stack(leaves) for leaves in zip(*tasks, strict=True)))
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *tasks)
 
 
 @dataclass(frozen=True)
-class MatrixFactorizationEnvironment:
-    """Fulfils `metalearn.meta_training.environment.Environment` for BPR matrix factorisation, under jit.
+class VectorizedEnvironment:
+    """Fulfils `metalearn.meta_training.environment.Environment` for one bucket and learner, under jit.
 
     Args:
-      bucket: static sizes.
+      bucket: static sizes, learner and optimizer.
     """
 
     bucket: Bucket
 
     @property
+    def roles(self) -> tuple[str, ...]:
+        """Role of every parameter group."""
+        return LEARNERS[self.bucket.learner].roles
+
+    @property
     def num_groups(self) -> int:
-        """Parameter groups: the user table, and the item table with its biases."""
-        return learner.NUM_GROUPS
+        """Parameter groups."""
+        return len(self.roles)
 
     @property
     def samples_per_step(self) -> int:
-        """Training triples per step."""
+        """Training samples per step."""
         return self.bucket.batch
 
     def reset(self, task: Task, *, key: jax.Array) -> EnvironmentState:
         """Initialises the learner."""
-        bucket = self.bucket
-        state = learner.init(task.num_users, task.num_items, shape=(bucket.users, bucket.items, bucket.dim), key=key)
-        nothing = jnp.full((), -jnp.inf, jnp.float32)
-        return EnvironmentState(state, state.params, jnp.zeros(()), state.params, state.params, nothing, jnp.zeros(()))
-
-    def _draw(self, task: Task, dropout: Any, pool: Any, key: jax.Array) -> learner.Batch:
-        """Draws a batch of triples; the dropout mask is a random window of a pool drawn once an interval."""
-        batch, dim = self.bucket.batch, self.bucket.dim
-        uniform = jax.random.uniform(key, (2 * batch + 1,))
-        row = (uniform[:batch] * task.num_interactions).astype(jnp.int32)
-        negative = (uniform[batch : 2 * batch] * task.num_items.astype(jnp.float32)).astype(jnp.int32)
-        offset = (uniform[-1] * (pool.shape[0] - batch * dim)).astype(jnp.int32)
-        window = jax.lax.dynamic_slice(pool, (offset,), (batch * dim,)).reshape(batch, dim)
-        keep = jnp.where(window >= dropout, 1.0 / (1.0 - dropout), 0.0)
-        return learner.Batch(task.user[row], task.item[row], negative, keep)
+        params = self.bucket.make_learner().init(task.data, key=key)
+        zero, nan = jnp.zeros(()), jnp.full((), jnp.nan, jnp.float32)
+        return EnvironmentState(
+            params=params,
+            optimizer=OPTIMIZERS[self.bucket.optimizer].init(params),
+            average=params,
+            num_averaged=zero,
+            anchor=params,
+            best=params,
+            best_validation=jnp.full((), -jnp.inf, jnp.float32),
+            steps=zero,
+            untrained_loss=nan,
+            interval_loss=nan,
+            nonfinite=jnp.zeros((), jnp.int32),
+        )
 
     def step(
         self, task: Task, state: EnvironmentState, values: Values, plan: Plan, *, key: jax.Array
     ) -> tuple[EnvironmentState, IntervalStatistics]:
         """Trains one interval, validates, and measures; a probe takes the interval's last two steps."""
-        key_pool, key_steps = jax.random.split(key)
-        pool = jax.random.uniform(key_pool, (8 * self.bucket.batch * self.bucket.dim,))
+        learner = self.bucket.make_learner()
+        take_step = self._stepper(learner, task, values, plan, key)
         averaging = ~jnp.isfinite(plan.horizon)
 
-        def one(index, learner_state):
-            batch = self._draw(task, values.dropout, pool, jax.random.fold_in(key_steps, index))
-            progress = (plan.first_step + index).astype(jnp.float32) / plan.horizon
-            multiplier = schedule_multiplier(progress, jnp)
-            hyperparameters = learner.Hyperparameters(
-                values.learning_rate * multiplier, values.weight_decay, values.beta1
-            )
-            return learner.step(learner_state, batch, hyperparameters)
-
         def body(index, carry):
-            learner_state, average, num_averaged, loss_sum, loss_square, nonfinite = carry
-            learner_state, loss, _ = one(index, learner_state)
+            model, average, num_averaged, sums = carry
+            model, loss, _ = take_step(index, model)
             average, num_averaged = jax.lax.cond(
                 averaging & (index % AVERAGE_EVERY == AVERAGE_EVERY - 1),
                 _update_average,
                 lambda average, _, count: (average, count),
                 average,
-                learner_state.params,
+                model[0],
                 num_averaged,
             )
-            return (
-                learner_state,
-                average,
-                num_averaged,
-                loss_sum + loss,
-                loss_square + loss**2,
-                nonfinite + _is_not_finite(loss),
-            )
+            return model, average, num_averaged, sums.add(loss)
 
-        zero = jnp.zeros(())
-        carry = (state.learner, state.average, state.num_averaged, zero, zero, jnp.zeros((), jnp.int32))
+        carry = ((state.params, state.optimizer), state.average, state.num_averaged, _LossSums.zero())
         carry = jax.lax.fori_loop(0, plan.num_steps - 2, body, carry)
-        first, average, num_averaged, loss_sum, loss_square, nonfinite = carry
-        second, loss_1, gradient = one(plan.num_steps - 2, first)
-        third, loss_2, next_gradient = one(plan.num_steps - 1, second)
-        average, num_averaged = _update_average(average, third.params, num_averaged)
+        first, average, num_averaged, losses = carry
+        second, loss_1, gradient = take_step(plan.num_steps - 2, first)
+        third, loss_2, next_gradient = take_step(plan.num_steps - 1, second)
+        average, num_averaged = _update_average(average, third[0], num_averaged)
+        losses = losses.add(loss_1).add(loss_2)
 
-        rows = jnp.stack([task.num_users, task.num_items]).astype(jnp.float32)
-        sums = learner.probe_sums(first.params, gradient, second.params, next_gradient, state.anchor, rows)
+        sums = probe_sums(learner, task.data, first[0], gradient, second[0], next_gradient, state.anchor)
         sums = sums._replace(displacement_square=jnp.where(state.steps > 0, sums.displacement_square, jnp.nan))
         pooled = jax.tree.map(lambda groups: jnp.full_like(groups, jnp.nan).at[0].set(groups.sum()), sums)
         sums = jax.tree.map(lambda one, many: jnp.where(plan.single_group, one, many), pooled, sums)
-        evaluated = jax.tree.map(lambda a, w: jnp.where(averaging, a, w), average, third.params)
-        metric = learner.ndcg(evaluated, task.validation_users, task.validation_targets, task.validation_seen)
+        evaluated = jax.tree.map(lambda a, w: jnp.where(averaging, a, w), average, third[0])
+        scores = learner.scores(evaluated, task.data, task.validation_users)
+        metric = ndcg(scores, task.validation_targets, task.validation_seen)
         statistics = interval_statistics(
             sums,
             steps=plan.num_steps,
-            loss_sum=loss_sum + loss_1 + loss_2,
-            loss_square_sum=loss_square + loss_1**2 + loss_2**2,
-            nonfinite=nonfinite + _is_not_finite(loss_1) + _is_not_finite(loss_2),
+            loss_sum=losses.total,
+            loss_square_sum=losses.square,
+            nonfinite=losses.nonfinite,
             validation=metric,
             samples=plan.num_steps * self.bucket.batch,
             seconds=jnp.nan,
             xp=jnp,
         )
         better = metric > state.best_validation
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), evaluated, state.best)
         state = EnvironmentState(
-            third,
-            average,
-            num_averaged,
-            second.params,
-            best,
-            jnp.maximum(metric, state.best_validation),
-            state.steps + plan.num_steps.astype(jnp.float32),
+            params=third[0],
+            optimizer=third[1],
+            average=average,
+            num_averaged=num_averaged,
+            anchor=second[0],
+            best=jax.tree.map(lambda new, old: jnp.where(better, new, old), evaluated, state.best),
+            best_validation=jnp.maximum(metric, state.best_validation),
+            steps=state.steps + plan.num_steps.astype(jnp.float32),
+            untrained_loss=jnp.where(state.steps > 0, state.untrained_loss, losses.first),
+            interval_loss=losses.total / plan.num_steps.astype(jnp.float32),
+            nonfinite=state.nonfinite + losses.nonfinite,
         )
         return state, statistics
 
+    def _stepper(self, learner: Learner, task: Task, values: Values, plan: Plan, key: jax.Array) -> Any:
+        """Returns (index, model) -> (model, loss, gradient); dropout masks are windows of a pool drawn once."""
+        key_pool, key_steps = jax.random.split(key)
+        pool = jax.random.uniform(key_pool, (8 * learner.num_keep,))
+        optimizer = OPTIMIZERS[self.bucket.optimizer]
+
+        def take_step(index: Any, model: Any) -> tuple[Any, Any, Any]:
+            params, state = model
+            uniforms = jax.random.uniform(jax.random.fold_in(key_steps, index), (learner.num_uniforms + 1,))
+            offset = (uniforms[-1] * (pool.shape[0] - learner.num_keep)).astype(jnp.int32)
+            window = jax.lax.dynamic_slice(pool, (offset,), (learner.num_keep,))
+            keep = jnp.where(window >= values.dropout, 1.0 / (1.0 - values.dropout), 0.0)
+            batch = learner.draw(task.data, uniforms[:-1], keep)
+            loss, gradient = learner.loss_and_gradient(params, task.data, batch)
+            progress = (plan.first_step + index).astype(jnp.float32) / plan.horizon
+            rate = values.learning_rate * schedule_multiplier(progress, jnp)
+            hyperparameters = Hyperparameters(
+                *(self._of_groups(value, plan) for value in (rate, values.weight_decay, values.beta1))
+            )
+            model = optimizer.update(params, gradient, state, hyperparameters, learner.groups(params))
+            return tuple(model), loss, gradient
+
+        return take_step
+
+    def _of_groups(self, value: Any, plan: Plan) -> Any:
+        """Spreads the first group's value over all where the loop has one group."""
+        return jnp.where(plan.single_group, value[0], value)
+
     def score(self, task: Task, state: EnvironmentState) -> jax.Array:
         """Returns test NDCG@10 of the weights that validated best."""
-        return learner.ndcg(state.best, task.test_users, task.test_targets, task.test_seen)
+        scores = self.bucket.make_learner().scores(state.best, task.data, task.test_users)
+        return ndcg(scores, task.test_targets, task.test_seen)
+
+    def status(self, state: EnvironmentState) -> jax.Array:
+        """Returns the `Status` of the run, int32."""
+        diverged = state.interval_loss > DIVERGED_RATIO * state.untrained_loss
+        finite = (state.nonfinite == 0) & jnp.all(
+            jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params)])
+        )
+        return jnp.where(finite, jnp.where(diverged, Status.DIVERGED, Status.RUNNING), Status.NONFINITE)
 
 
-def _is_not_finite(loss: Any) -> Any:
-    return (~jnp.isfinite(loss)).astype(jnp.int32)
+class _LossSums(NamedTuple):
+    """Running sums over the losses of an interval."""
+
+    first: Any
+    count: Any
+    total: Any
+    square: Any
+    nonfinite: Any
+
+    @classmethod
+    def zero(cls) -> _LossSums:
+        zero = jnp.zeros(())
+        return cls(zero, jnp.zeros((), jnp.int32), zero, zero, jnp.zeros((), jnp.int32))
+
+    def add(self, loss: Any) -> _LossSums:
+        return _LossSums(
+            jnp.where(self.count == 0, loss, self.first),
+            self.count + 1,
+            self.total + loss,
+            self.square + loss**2,
+            self.nonfinite + (~jnp.isfinite(loss)).astype(jnp.int32),
+        )
 
 
-def _update_average(average: learner.Params, params: learner.Params, count: Any) -> tuple[learner.Params, Any]:
+def _update_average(average: Any, params: Any, count: Any) -> tuple[Any, Any]:
     """Folds the current weights into the polynomial average."""
     weight = (AVERAGE_POWER + 1.0) / (count + 1.0 + AVERAGE_POWER)
     return jax.tree.map(lambda a, w: a + weight * (w - a), average, params), count + 1.0

@@ -5,10 +5,10 @@ Shapes: N interactions. Users and items are int32 codes in 0..num_users-1 and 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,12 @@ from metalearn.interaction_columns import (
     resolve_columns,
 )
 
+if TYPE_CHECKING:
+    import polars
+
 __all__ = ["Interactions", "InteractionsScan"]
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -350,6 +355,13 @@ class InteractionsScan:
         if max_interactions < 2:
             raise InteractionsError(f"`max_interactions` must be at least 2, got {max_interactions}")
         return Interactions._from_raw(tables.sample_columns(self.path, self.columns, max_interactions, seed))
+
+    def stream(self, compute: Callable[[polars.LazyFrame], _Result]) -> _Result:
+        """Run `compute` on all rows as a lazy table, with columns "user", "item" and, if there are times, "timestamp".
+
+        Users and items are integers, or hashes of ids that were none; times are seconds.
+        """
+        return tables.stream_columns(self.path, self.columns, compute)
 
     def collect(self) -> Interactions:
         """Read the whole table into memory."""

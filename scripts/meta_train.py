@@ -26,12 +26,14 @@ os.environ.setdefault(
 )
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from envs.public import load_folder, load_public
-from envs.tasks import build_pool
+from envs.events import EventConfig
+from envs.public import DomainCache, find_source, load_folder, load_public
+from envs.tasks import NO_EVENTS, TaskPool, build_pool
 from envs.vectorized import LARGE, MIDDLE, SMALL
 from metalearn.controller.checkpoint import save_checkpoint
 from metalearn.controller.config import ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
+from metalearn.interactions import Interactions
 from metalearn.meta_training.loop import MetaTrainConfig, meta_train
 from metalearn.meta_training.model_card import write_model_card
 from metalearn.tracking import Tracker
@@ -64,7 +66,14 @@ def commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
-def main() -> None:
+EVENTS = EventConfig(
+    missing_validation=0.1, missing_gradients=0.1, delayed_validation=0.1, hardware_change=0.1, drift=0.15
+)
+"""What befalls episodes that are learnt from; those that validate see none."""
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="smoke")
     parser.add_argument("--data", type=Path, help="folder of interaction files, one domain each")
@@ -72,58 +81,72 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/meta_training"))
     parser.add_argument("--iterations", type=int, help="policy updates, instead of the preset's")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    began = time.monotonic()
+    return parser.parse_args()
 
-    config, buckets, slices, simulated = PRESETS[arguments.preset]
-    config = replace(config, seed=arguments.seed, num_iterations=arguments.iterations or config.num_iterations)
+
+def read_domains(arguments: argparse.Namespace) -> dict[str, dict[str, Interactions]]:
+    """Reads the real domains, by role."""
     roles = ("meta-training", "validation")
     sources = {role: load_folder(arguments.data, role=role) if arguments.data else {} for role in roles}
     real = {role: {name: source.interactions() for name, source in found.items()} for role, found in sources.items()}
-    real["meta-training"] |= {name: load_public(name).train for name in arguments.hub}
-    print(
-        f"{len(real['meta-training'])} real domains to learn from, {len(real['validation'])} to validate on", flush=True
-    )
+    prepared = DomainCache(arguments.output / "domains")
+    for name in arguments.hub:
+        print("\n".join(find_source(name).describe()), flush=True)
+        real["meta-training"][name] = load_public(name, cache=prepared).train
+    if arguments.hub:
+        print(prepared.statistics, flush=True)
+    counts = [len(real[role]) for role in roles]
+    print(f"{counts[0]} real domains to learn from, {counts[1]} to validate on", flush=True)
+    return real
 
+
+def build_pools(arguments: argparse.Namespace, real: dict[str, dict[str, Interactions]]) -> list[list[TaskPool]]:
+    """Builds the pools to learn from and those to validate on, one a size."""
+    _, buckets, slices, simulated = PRESETS[arguments.preset]
     cache = arguments.output / "tasks"
-    pools, validation_pools = [], []
+    # Without real validation domains, unseen simulated ones choose: better than choosing on what was learnt from.
+    unseen = 0 if real["validation"] else 8
+    pools: list[list[TaskPool]] = [[], []]
     for bucket, count in zip(buckets, simulated, strict=True):
-        pools.append(
-            build_pool(
-                real["meta-training"],
-                bucket,
-                slices_per_domain=slices,
-                num_simulated=count,
-                seed=arguments.seed,
-                cache=cache,
+        for index, (role, num_simulated, events) in enumerate(
+            (("meta-training", count, EVENTS), ("validation", unseen, NO_EVENTS))
+        ):
+            pools[index].append(
+                build_pool(
+                    real[role],
+                    bucket,
+                    slices_per_domain=slices,
+                    num_simulated=num_simulated,
+                    seed=arguments.seed + index,
+                    events=events,
+                    cache=cache,
+                )
             )
-        )
-        # Without real validation domains, unseen simulated ones choose: better than choosing on what was learnt from.
-        validation_pools.append(
-            build_pool(
-                real["validation"],
-                bucket,
-                slices_per_domain=slices,
-                num_simulated=0 if real["validation"] else 8,
-                seed=arguments.seed + 1,
-                cache=cache,
-            )
-        )
+        sizes = [len(group[-1]) for group in pools]
         print(
-            f"bucket {bucket.users} x {bucket.items}: {len(pools[-1])} tasks, "
-            f"{len(validation_pools[-1])} for validation",
+            f"bucket {bucket.users} x {bucket.items}: {sizes[0]} tasks, {sizes[1]} for validation",
             flush=True,
         )
+    return pools
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
+
+def main() -> None:
+    arguments = parse()
+    began = time.monotonic()
+    config, buckets, *_ = PRESETS[arguments.preset]
+    config = replace(config, seed=arguments.seed, num_iterations=arguments.iterations or config.num_iterations)
+    real = read_domains(arguments)
+    pools, validation_pools = build_pools(arguments, real)
     provenance = {
         "domains": sorted(real["meta-training"]),
         "validation_domains": sorted(real["validation"]),
         "tasks": [len(pool) for pool in pools],
         "buckets": [asdict(bucket) for bucket in buckets],
+        "events": asdict(EVENTS),
         "commit": commit(),
         "preset": arguments.preset,
     }
+    arguments.output.mkdir(parents=True, exist_ok=True)
     with Tracker("metalearn-meta-training", config=asdict(config), directory=arguments.output) as tracker:
 
         def log(record: dict) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -30,10 +31,10 @@ import torch
 from tqdm.auto import tqdm
 
 import metalearn
-from envs.domains import Domain, make_domain
+from envs.domains import Domain
 from envs.metrics import mean_interval, popularity_baseline
-from envs.public import load_bundled
-from envs.recommenders import MatrixFactorization
+from envs.public import BUNDLED, DomainCache, find_source
+from envs.recommenders import RECOMMENDERS
 from envs.recommenders.training import PlainSchedule, TrainingResult, TrainingSettings, train
 from metalearn.audit import draw_trajectories
 from metalearn.controller import CONTROLLED
@@ -57,14 +58,19 @@ def base_configuration(controller: metalearn.Controller) -> dict[str, float]:
 
 
 def run_arm(
-    arm: str, domain: Domain, settings: TrainingSettings, seed: int, controller: metalearn.Controller, output: Path
+    arm: str,
+    family: str,
+    domain: Domain,
+    settings: TrainingSettings,
+    seed: int,
+    controller: metalearn.Controller,
+    output: Path,
 ) -> tuple[TrainingResult, MetaScheduler | None]:
-    """Trains one arm with one seed; every arm starts from the same weights and sees the same batches."""
+    """Trains one arm with one seed; every arm has the same initial weights and batches."""
     base = base_configuration(controller)
-    model = MatrixFactorization(
-        domain.num_users,
-        domain.num_items,
-        settings.dim,
+    model = RECOMMENDERS[family].for_domain(
+        domain,
+        dim=settings.dim,
         dropout=base["dropout"] if arm == "fixed" else 0.0,
         generator=torch.Generator().manual_seed(seed),
     )
@@ -132,16 +138,14 @@ def provenance(seeds: list[int]) -> dict[str, Any]:
     }
 
 
-def open_domain(arguments: argparse.Namespace) -> Domain:
-    """Loads the bundled domain, or the user's file."""
-    if arguments.data is None:
-        return load_bundled()
-    rows = metalearn.Interactions.read(arguments.data)
-    return make_domain(
-        rows.positives(arguments.min_rating) if rows.rating is not None else rows,
-        name=arguments.data.stem,
-        split=arguments.split,
-    )
+def open_domain(arguments: argparse.Namespace, output: Path) -> Domain:
+    """Loads the bundled domain, or the user's; shows its terms and what is doubtful about it."""
+    logging.getLogger("envs.public").setLevel(logging.ERROR)  # what it warns of is in the report below
+    source = BUNDLED if arguments.data is None else find_source(arguments.data, min_rating=arguments.min_rating)
+    cache = DomainCache(output / "domains")
+    domain = source.domain(split=arguments.split, cache=cache)
+    print("\n".join([*source.describe(), domain.provenance["hygiene"], str(cache.statistics)]))
+    return domain
 
 
 def parse() -> argparse.Namespace:
@@ -149,11 +153,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--quickstart", action="store_true", help="train on the bundled domain")
-    source.add_argument("--data", type=Path, help="a parquet or CSV file of interactions")
+    source.add_argument("--data", type=Path, help="a parquet or CSV file, a folder with a README, or a registered name")
     parser.add_argument("--split", choices=("auto", "time", "leave-last-out"), default="auto")
     parser.add_argument(
         "--min-rating", type=float, help="interactions rated lower are not positives (default: above 0)"
     )
+    parser.add_argument("--model", choices=list(RECOMMENDERS), default="matrix_factorization", help="model family")
     parser.add_argument("--controller", type=Path, help="a checkpoint instead of the one that ships")
     parser.add_argument("--steps", type=int, default=TrainingSettings.steps)
     parser.add_argument("--batch-size", type=int, default=TrainingSettings.batch_size)
@@ -164,11 +169,13 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def as_trial(result: TrainingResult, domain: Domain, settings: TrainingSettings, arm: str, seed: int) -> Trial:
+def as_trial(
+    result: TrainingResult, family: str, domain: Domain, settings: TrainingSettings, arm: str, seed: int
+) -> Trial:
     """Records a run: every validation, the test, seconds of training."""
     validation = [Measurement(step, f"validation_ndcg@{settings.k}", value) for step, value in result.validation]
     test = [Measurement(settings.steps, f"test_{name}", value) for name, value in result.test.items()]
-    task = f"{domain.name}/matrix_factorization/{settings.steps}x{settings.batch_size}"
+    task = f"{domain.name}/{family}/{settings.steps}x{settings.batch_size}"
     trial = Trial(task=task, configuration={"arm": arm, "dim": settings.dim}, seed=seed).record(*validation, *test)
     return trial.diverge(cost=result.seconds) if result.diverged else trial.complete(cost=result.seconds)
 
@@ -181,26 +188,24 @@ def main() -> None:
     seeds = list(range(1 if arguments.quick else arguments.seeds))
     output = arguments.output or Path("runs") / ("quickstart" if arguments.quickstart else arguments.data.stem)
     controller = metalearn.load_controller(arguments.controller)
-    domain = open_domain(arguments)
     output.mkdir(parents=True, exist_ok=True)
+    domain = open_domain(arguments, output)
     (output / "decisions.jsonl").unlink(missing_ok=True)
     floor = popularity_baseline(domain, k=settings.k).means()
     epochs = settings.steps * settings.batch_size / len(domain.train)
     print(
-        f"{domain.name}: {domain.num_users} users, {domain.num_items} items, {len(domain.train)} training "
-        f"interactions, split {domain.split}; {settings.steps} steps of {settings.batch_size} ({epochs:.1f} epochs), "
+        f"{arguments.model} on {domain.name}: {domain.num_users} users, {domain.num_items} items, {len(domain.train)} "
+        f"training interactions, split {domain.split}; {settings.steps} steps of {settings.batch_size} ({epochs:.1f} epochs), "
         f"{len(seeds)} seeds"
     )
-    if "credit" in domain.provenance:
-        print(f"data: {domain.provenance['credit']} ({domain.provenance['licence']})")
 
     results: dict[str, list[TrainingResult]] = {arm: [] for arm in ARMS}
     schedulers: list[MetaScheduler] = []
-    config = {**asdict(settings), "domain": domain.name}
+    config = {**asdict(settings), "domain": domain.name, "model": arguments.model}
     with Tracker("metalearn-recommender", config=config, directory=output) as tracker:
         for seed in seeds:
             for arm in ARMS:  # arms take turns, so that a noisy machine slows them alike
-                result, scheduler = run_arm(arm, domain, settings, seed, controller, output)
+                result, scheduler = run_arm(arm, arguments.model, domain, settings, seed, controller, output)
                 results[arm].append(result)
                 for step, value in result.validation:
                     tracker.log({f"{arm}/{seed}/validation_ndcg": value, f"{arm}/{seed}/step": step})
@@ -222,18 +227,20 @@ def main() -> None:
         arm: {
             **{f"test_{name}": [run.test[name] for run in runs] for name in runs[0].test},
             "steps_per_second": [run.steps_per_second for run in runs],
+            "report": [run.report for run in runs],
         }
         for arm, runs in results.items()
     }
     arms["controller"] |= {"controller_share": shares, "confidence": schedulers[0].confidence}
     record = {
         "domain": domain.name,
+        "model": arguments.model,
         "split": domain.split,
         "settings": asdict(settings),
         "popularity": {f"test_{name}": value for name, value in floor.items()},
         "arms": arms,
         "trials": [
-            as_trial(run, domain, settings, arm, seed).as_dict()
+            as_trial(run, arguments.model, domain, settings, arm, seed).as_dict()
             for arm, runs in results.items()
             for seed, run in zip(seeds, runs, strict=True)
         ],

@@ -42,14 +42,14 @@ def record_run() -> None:
     import jax.numpy as jnp
 
     from envs.tasks import simulated_domain
-    from envs.vectorized import Bucket, MatrixFactorizationEnvironment, make_task
+    from envs.vectorized import Bucket, VectorizedEnvironment, make_task
     from metalearn.controller.actions import Values
     from metalearn.meta_training.environment import Plan
 
     bucket = Bucket(users=256, items=128, interactions=8192, dim=8, batch=BATCH_SIZE, evaluated=64)
     domain = simulated_domain(bucket, np.random.default_rng(3))
     task = jax.tree.map(jnp.asarray, make_task(domain, bucket))
-    environment = MatrixFactorizationEnvironment(bucket)
+    environment = VectorizedEnvironment(bucket)
     state = environment.reset(task, key=jax.random.key(0))
     step = jax.jit(environment.step)
     values = Values(*(jnp.full(2, value, jnp.float32) for value in (0.03, 0.34, 0.9)), jnp.float32(0.1))

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from metalearn.errors import InteractionsError
-from metalearn.interactions import Interactions
+from metalearn.interactions import Interactions, InteractionsScan
 
 ROWS = 1_500_000
 
@@ -155,3 +155,39 @@ def test_header_without_rows(tmp_path: Path):
     assert scan.count() == 0
     with pytest.raises(InteractionsError, match="the table is empty"):
         scan.sample(10)
+
+
+def write_table(path: Path, **columns: list) -> InteractionsScan:
+    pl.DataFrame({"user_id": [1, 1, 2], "item_id": [5, 6, 6], "timestamp": [1, 2, 3]} | columns).write_parquet(path)
+    return Interactions.scan(path)
+
+
+def test_a_stream_has_typed_columns_and_no_others(tmp_path: Path):
+    scan = write_table(tmp_path / "table.parquet", item_id=["a", "b", "a"], comment=["x", "y", "z"])
+    rows = scan.stream(lambda rows: rows.collect())
+    assert rows.schema == {"user": pl.Int64, "item": pl.UInt64, "timestamp": pl.Float64}
+    assert rows["user"].to_list() == [1, 1, 2] and rows["timestamp"].to_list() == [1.0, 2.0, 3.0]
+    assert rows["item"][0] == rows["item"][2] != rows["item"][1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"user_id": [1, None, 2]}, "column 'user_id', row 1: nan is not an id; every interaction needs one$"),
+        ({"item_id": ["a", "b", None]}, "column 'item_id', row 2: None is null; every interaction needs an id$"),
+        ({"item_id": [1.0, float("inf"), 2.0]}, "column 'item_id', row 1: inf is not an id"),
+        ({"timestamp": [1, -2, 3]}, r"column 'timestamp', row 1: -2 is a negative time .* starts at 0$"),
+        ({"timestamp": [1, 2, None]}, "column 'timestamp', row 2: nan is not a finite time; .* out$"),
+        ({"timestamp": ["1", "2", "soon"]}, "column 'timestamp', row 2: cannot read 'soon' as a number or time"),
+    ],
+)
+def test_errors_in_a_stream_name_the_row_and_nothing_of_polars(tmp_path: Path, columns: dict, message: str):
+    with pytest.raises(InteractionsError, match=message):
+        write_table(tmp_path / "table.parquet", **columns).stream(lambda rows: rows.collect())
+
+
+def test_a_stream_of_a_malformed_csv_names_the_row(tmp_path: Path):
+    path = tmp_path / "table.csv"
+    write_with_late_row(path, "1,1,soon,3")
+    with pytest.raises(InteractionsError, match="column 'timestamp', row 20000: cannot read 'soon'"):
+        Interactions.scan(path).stream(lambda rows: rows.collect())

@@ -1,4 +1,4 @@
-"""The registry of public domains: what ships with the checkout, what is on the hub, and what lies in a folder."""
+"""Look up public domains: by registered name, by hub id, or by the path of a folder or file."""
 
 from __future__ import annotations
 
@@ -6,39 +6,30 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from envs.domains import Domain
-from envs.public.sources import FILE_FORMATS, PublicSource, Timestamps
+from envs.public.hub import HUB
+from envs.public.prepared import DomainCache
+from envs.public.sources import PublicSource, Timestamps
+from envs.public.tables import ROW_FORMATS, ItemTable
 from metalearn.errors import InvalidArgumentError
 
 BUNDLED = PublicSource(
     name="uci_online_retail",
     location=str(Path(__file__).parent / "uci_online_retail"),
     config="interactions",
-    items="items",
+    items=ItemTable(location=str(Path(__file__).parent / "uci_online_retail"), config="items"),
+    counts={"users": 4335, "items": 3659, "interactions": 386_278},
     role="bundled",
     licence="CC BY 4.0",
     source="https://doi.org/10.24432/C5BW33",
     citation="Chen, D. (2015). Online Retail [Dataset]. UCI Machine Learning Repository. doi:10.24432/C5BW33",
+    verified="the files are in the checkout",
 )
 """Purchases at a gift wholesaler, in the checkout; for quickstarts, never meta-trained or tuned on."""
 
-REGISTRY: Mapping[str, PublicSource] = {
-    source.name: source
-    for source in (
-        BUNDLED,
-        PublicSource(
-            name="movielens_latest_small",
-            location="AiresPucrs/movielens-user-ratings",
-            revision="f3d673361aeae4de0f69f255494ab9b2191f040f",
-            columns={"user": "userId", "item": "movieId", "timestamp": "timestamp", "rating": "rating"},
-            licence="GroupLens terms of use (research; no redistribution, no commercial use without permission)",
-            source="https://huggingface.co/datasets/AiresPucrs/movielens-user-ratings",
-            citation="Harper, F. M., Konstan, J. A. (2015). The MovieLens Datasets. ACM TiiS 5(4). doi:10.1145/2827872",
-        ),
-    )
-}
+REGISTRY: Mapping[str, PublicSource] = {source.name: source for source in (BUNDLED, *HUB)}
 """Public domains by name."""
 
 _TIMESTAMPS: Mapping[str, Timestamps] = {"true timestamps": "real", "order only": "order", "none": "none"}
@@ -78,9 +69,13 @@ def find_source(
             )
         return REGISTRY[name]
     path = Path(name)
-    if path.exists():
+    if path.is_file() and path.suffix not in ROW_FORMATS:
+        raise InvalidArgumentError(
+            f"`name_or_path` {name!r} has suffix {path.suffix!r}; pass a folder or a {' or '.join(ROW_FORMATS)} file"
+        )
+    if path.exists() and revision is None:
         return PublicSource(name=path.stem, location=str(path), **options)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or path.suffix in FILE_FORMATS:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None or path.suffix in ROW_FORMATS:
         raise InvalidArgumentError(
             f"`name_or_path` {name!r} is neither a file or folder here nor a registered name ({', '.join(REGISTRY)}); "
             "a hub id looks like 'owner/name'"
@@ -93,24 +88,34 @@ def find_source(
 def load_public(
     name_or_path: str | Path,
     *,
-    split: Literal["auto", "time", "leave-last-out"] = "auto",
     config: str | None = None,
     revision: str | None = None,
     columns: Mapping[str, str | None] | None = None,
     min_rating: float | None = None,
+    cache: DomainCache | str | Path | None = None,
+    **options: Any,
 ) -> Domain:
-    """Load a public data set as a split domain; arguments as in `find_source`, and `split` as in `make_domain`.
+    """Load a public data set as a split domain.
+
+    Args:
+        name_or_path: as in `find_source`, like the next four.
+        config: configuration to load.
+        revision: commit hash of a hub id.
+        columns: names of the columns.
+        min_rating: least rating that counts as a positive.
+        cache: folder in which prepared domains are kept, or a `DomainCache` to count over several loads.
+        **options: split, k-core, sizes and seed, as in `PublicSource.domain`.
 
     Raises:
         InvalidArgumentError: if it is not found, its columns do not fit, or the split leaves too few users.
 
     Example:
-        >>> domain = load_public("uci_online_retail")
+        >>> domain = load_public("uci_online_retail", max_users=1000)
         >>> domain.split, domain.train.timestamp.max() < domain.validation.timestamp.min()
         ('time', np.True_)
     """
     source = find_source(name_or_path, config=config, revision=revision, columns=columns, min_rating=min_rating)
-    return source.domain(split=split)
+    return source.domain(cache=DomainCache(cache) if isinstance(cache, str | Path) else cache, **options)
 
 
 def load_bundled() -> Domain:
@@ -119,11 +124,12 @@ def load_bundled() -> Domain:
 
 
 def load_folder(directory: str | Path, *, role: str | None = None) -> dict[str, PublicSource]:
-    """Describe every *.parquet and *.csv in a folder as a domain named by its stem, in order of name.
+    """Describe every *.parquet, *.csv and *.tsv in a folder as a domain named by its stem, in order of name.
 
-    `<name>.items.parquet` or `.csv` beside it gives the titles. An optional MANIFEST.json, `{"datasets": [{"name":
-    ..., "role": ..., "has_timestamps": "true timestamps" | "order only" | "none", "licence": ..., "min_rating":
-    ...}]}`, says what each may be used for and what its times mean; without an entry times are taken as real.
+    `<name>.items.parquet` or `.csv` beside it, with `item_id`, `title` and perhaps `categories`, says what the items
+    are. An optional MANIFEST.json, `{"datasets": [{"name": ..., "role": ..., "has_timestamps": "true timestamps" |
+    "order only" | "none", "licence": ..., "min_rating": ..., "users": ..., "items": ..., "interactions": ...}]}`, says
+    what each may be used for, what its times mean and how large it should be; without an entry times are taken as real.
 
     Args:
         directory: the folder.
@@ -139,7 +145,7 @@ def load_folder(directory: str | Path, *, role: str | None = None) -> dict[str, 
     if not folder.is_dir():
         raise InvalidArgumentError(f"`directory` {str(folder)!r} is not a folder; pass one with parquet or CSV files")
     entries = _read_manifest(folder / "MANIFEST.json")
-    files = sorted(path for path in folder.iterdir() if path.suffix in FILE_FORMATS)
+    files = sorted(path for path in folder.iterdir() if path.suffix in ROW_FORMATS)
     items = {path.stem.removesuffix(".items"): path for path in files if path.stem.endswith(".items")}
     sources: dict[str, PublicSource] = {}
     for path in files:
@@ -153,7 +159,8 @@ def load_folder(directory: str | Path, *, role: str | None = None) -> dict[str, 
             location=str(path),
             timestamps=_TIMESTAMPS[entry.get("has_timestamps", "true timestamps")],
             min_rating=entry.get("min_rating"),
-            items=str(items[path.stem]) if path.stem in items else None,
+            items=ItemTable(location=str(items[path.stem])) if path.stem in items else None,
+            counts={key: entry[key] for key in ("users", "items", "interactions") if key in entry},
             role=entry.get("role"),
             licence=entry.get("licence") or "not stated",
             source=entry.get("source_repo") or "",

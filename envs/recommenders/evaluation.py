@@ -7,8 +7,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from envs.domains import Domain, evaluation_set
-from envs.metrics import RankingMetrics, ranking_metrics
+from envs.domains import Domain
+from envs.evaluation_sets import evaluation_set
+from envs.metrics import RankingMetrics, ranking_metrics, ranking_report
 
 _BATCH = 512
 """Users scored at a time."""
@@ -44,6 +45,7 @@ class Evaluator:
         max_users: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        self._domain = domain
         self._evaluation = evaluation_set(domain, split, max_users=max_users)  # type: ignore[arg-type]
         self._k = min(k, domain.num_items)
         self._device = device
@@ -53,9 +55,17 @@ class Evaluator:
         self._seen_item = torch.as_tensor(seen.indices, dtype=torch.int64, device=device)
         self._indptr = seen.indptr
 
-    @torch.no_grad()
     def __call__(self, model: Scorer) -> RankingMetrics:
         """Returns NDCG, recall, MRR and hits of each user; a user with a score that is not finite gets 0."""
+        return ranking_metrics(self.lists(model), self._evaluation.targets, k=self._k)
+
+    def report(self, model: Scorer) -> dict[str, float]:
+        """Returns every metric of a model's lists, over all and by cohort; see `ranking_report`."""
+        return ranking_report(self.lists(model), self._evaluation, self._domain, self._k)
+
+    @torch.no_grad()
+    def lists(self, model: Scorer) -> np.ndarray:
+        """Returns the best items of each user, int32 [E, k], -1 where there are none to rank."""
         training = model.training
         model.train(False)
         lists = np.full((len(self._users), self._k), -1, np.int32)
@@ -69,4 +79,4 @@ class Evaluator:
             hidden = best.values == -torch.inf  # fewer candidates than k
             lists[first:last] = torch.where(finite & ~hidden, best.indices, -1).cpu().numpy()
         model.train(training)
-        return ranking_metrics(lists, self._evaluation.targets, k=self._k)
+        return lists

@@ -7,14 +7,18 @@ Shape legend: U user, I item, D embedding dimension, B batch.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from envs.domains import Domain
+from envs.recommenders.recommender import Recommender
+from envs.recommenders.sampling import TripleSampler
 
-class MatrixFactorization(nn.Module):
+
+class MatrixFactorization(Recommender):
     """Scores <p_u, q_i> + b_i, with dropout on p_u.
 
     Args:
@@ -23,6 +27,8 @@ class MatrixFactorization(nn.Module):
       dropout: share of p_u's entries dropped in training.
       generator: of the initial weights, Xavier's normal rule.
     """
+
+    roles: ClassVar[tuple[str, ...]] = ("embedding", "embedding")
 
     def __init__(
         self,
@@ -41,6 +47,19 @@ class MatrixFactorization(nn.Module):
         nn.init.xavier_normal_(self.user.weight, generator=generator)
         nn.init.xavier_normal_(self.item.weight, generator=generator)
         nn.init.zeros_(self.bias.weight)
+
+    @classmethod
+    def for_domain(
+        cls, domain: Domain, *, dim: int = 32, dropout: float = 0.0, generator: torch.Generator | None = None
+    ) -> Self:
+        """Returns an untrained model for a domain."""
+        return cls(domain.num_users, domain.num_items, dim, dropout=dropout, generator=generator)
+
+    def sampler(
+        self, domain: Domain, batch_size: int, *, seed: int, device: torch.device | str = "cpu"
+    ) -> TripleSampler:
+        """Returns a sampler of triples."""
+        return TripleSampler(domain.train, batch_size, seed=seed, device=device)
 
     def forward(self, user: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
         """Returns the mean BPR loss of triples, each int64 [B]."""

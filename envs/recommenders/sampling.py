@@ -1,7 +1,8 @@
-"""Batches of training triples: positives in a new random order every epoch, negatives drawn uniformly."""
+"""Batches of training data: rows in a new random order every epoch, and what a family draws beside them."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -10,41 +11,37 @@ from metalearn.errors import InvalidArgumentError
 from metalearn.interactions import Interactions
 
 
-class TripleSampler:
-    """Draws (user, positive, negative) batches without end; every positive once an epoch.
+class Sampler(ABC):
+    """Draws batches without end; every row once an epoch.
 
-    The last batch of an epoch is filled from the next one. Its position is in `state_dict`, so that a resumed run sees
+    The last batch of an epoch is filled from the next one. The position is in `state_dict`, so that a resumed run sees
     the same batches.
 
     Args:
-      interactions: training positives.
-      batch_size: triples per batch.
-      seed: of order and negatives.
+      num_rows: rows of an epoch.
+      batch_size: rows per batch.
+      seed: of order and draws.
       device: where batches are wanted.
     """
 
-    def __init__(
-        self, interactions: Interactions, batch_size: int, *, seed: int, device: torch.device | str = "cpu"
-    ) -> None:
-        if batch_size < 1 or batch_size > len(interactions):
-            raise InvalidArgumentError(
-                f"`batch_size` must be in [1, {len(interactions)}], the interactions, got {batch_size}"
-            )
-        self._user = torch.as_tensor(interactions.user, dtype=torch.int64, device=device)
-        self._item = torch.as_tensor(interactions.item, dtype=torch.int64, device=device)
-        self._num_items = interactions.num_items
-        self._batch_size, self._device = batch_size, device
+    def __init__(self, num_rows: int, batch_size: int, *, seed: int, device: torch.device | str = "cpu") -> None:
+        if batch_size < 1 or batch_size > num_rows:
+            raise InvalidArgumentError(f"`batch_size` must be in [1, {num_rows}], the rows, got {batch_size}")
+        self._num_rows, self._batch_size, self._device = num_rows, batch_size, device
         self._generator = torch.Generator(device).manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.int64, device=device)
 
-    def next(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the next batch, three int64 [B]."""
+    def next(self) -> tuple[torch.Tensor, ...]:
+        """Returns the next batch."""
         if len(self._order) < self._batch_size:
-            fresh = torch.randperm(len(self._user), generator=self._generator, device=self._device)
+            fresh = torch.randperm(self._num_rows, generator=self._generator, device=self._device)
             self._order = torch.cat([self._order, fresh])
         rows, self._order = self._order[: self._batch_size], self._order[self._batch_size :]
-        negative = torch.randint(self._num_items, (self._batch_size,), generator=self._generator, device=self._device)
-        return self._user[rows], self._item[rows], negative
+        return self._batch(rows)
+
+    @abstractmethod
+    def _batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Makes a batch of rows int64 [B]."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what is left of the epoch and the generator's state."""
@@ -54,3 +51,24 @@ class TripleSampler:
         """Restores the position."""
         self._order = state["order"].clone().to(self._device)
         self._generator.set_state(state["generator"])
+
+
+class TripleSampler(Sampler):
+    """Draws (user, positive, negative) batches, three int64 [B]; negatives uniformly.
+
+    Args:
+      interactions: training positives.
+      batch_size, seed, device: as in `Sampler`.
+    """
+
+    def __init__(
+        self, interactions: Interactions, batch_size: int, *, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(len(interactions), batch_size, seed=seed, device=device)
+        self._user = torch.as_tensor(interactions.user, dtype=torch.int64, device=device)
+        self._item = torch.as_tensor(interactions.item, dtype=torch.int64, device=device)
+        self._num_items = interactions.num_items
+
+    def _batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        negative = torch.randint(self._num_items, (len(rows),), generator=self._generator, device=self._device)
+        return self._user[rows], self._item[rows], negative

@@ -13,7 +13,7 @@ from torch import nn
 
 from envs.domains import Domain
 from envs.recommenders.evaluation import Evaluator
-from envs.recommenders.sampling import TripleSampler
+from envs.recommenders.recommender import Recommender
 from metalearn.errors import InvalidArgumentError
 
 
@@ -23,7 +23,7 @@ class TrainingSettings:
 
     Args:
       steps: optimizer steps.
-      batch_size: triples per step.
+      batch_size: samples per step.
       dim: embedding dimension.
       validations: times the model is validated, evenly spread.
       max_validation_users: users of a validation; the test is on all.
@@ -101,6 +101,7 @@ class TrainingResult:
 
     Args:
       test: means over all test users, at the weights that validated best.
+      report: more metrics of the same lists, over all and by cohort.
       validation: (step, NDCG) at each validation.
       seconds: of training, without validation.
       steps_per_second: of training, without validation.
@@ -108,6 +109,7 @@ class TrainingResult:
     """
 
     test: dict[str, float]
+    report: dict[str, float] = field(default_factory=dict)
     validation: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     steps_per_second: float = 0.0
@@ -115,7 +117,7 @@ class TrainingResult:
 
 
 def train(
-    model: Any,
+    model: Recommender,
     optimizer: torch.optim.Optimizer,
     steering: Steering,
     domain: Domain,
@@ -127,14 +129,14 @@ def train(
     """Trains, validates when the steering says so, and tests the weights that validated best.
 
     Args:
-      model: called with a batch of triples gives the loss; `score` ranks.
+      model: of any family.
       optimizer: over the model's parameters.
       steering: a MetaScheduler or a PlainSchedule.
       seed: of batches and dropout.
       on_step: called with the number of steps done, for progress bars.
     """
     torch.manual_seed(seed)
-    sampler = TripleSampler(domain.train, settings.batch_size, seed=seed)
+    sampler = model.sampler(domain, settings.batch_size, seed=seed)
     validate = Evaluator(domain, "validation", k=settings.k, max_users=settings.max_validation_users)
     result = TrainingResult(test={})
     best, best_weights = -1.0, _copy(model)
@@ -163,7 +165,8 @@ def train(
     result.steps_per_second = settings.steps / result.seconds
     result.diverged = not bool(losses_finite)
     model.load_state_dict(best_weights)
-    result.test = Evaluator(domain, "test", k=settings.k)(model).means()
+    test = Evaluator(domain, "test", k=settings.k)
+    result.test, result.report = test(model).means(), test.report(model)
     return result
 
 

@@ -67,7 +67,7 @@ class Environment(Protocol):
         ...
 
     def score(self, task: Any, state: Any) -> Any:
-        """Returns the test metric of the weights that validated best; 0 if the run diverged."""
+        """Returns the test metric of the weights that validated best; 0 if none of them was ever finite."""
         ...
 
     def status(self, state: Any) -> Any:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from metalearn.controller import network
 from metalearn.controller.actions import (
+    Position,
     Values,
     confidence,
     move,
@@ -23,7 +24,16 @@ from metalearn.controller.actions import (
 from metalearn.controller.config import ROLES, ControllerConfig
 from metalearn.controller.observation import Normalizer, budget_descriptors
 from metalearn.meta_training.environment import Environment, Plan
-from metalearn.signals import Controls, SignalFeatures, featurize, initial_history, out_of_range, percentile_scale
+from metalearn.signals import (
+    Controls,
+    IntervalStatistics,
+    SignalFeatures,
+    SignalHistory,
+    featurize,
+    initial_history,
+    out_of_range,
+    percentile_scale,
+)
 
 REWARD_OFFSET = 0.02
 """c of the reward log((NDCG + c) / (popularity + c)): keeps domains of low NDCG from ruling."""
@@ -113,6 +123,118 @@ def observe(episode_features: SignalFeatures, descriptors: Any, prior: Prior, ro
     return observation, confidence(out_of_range(scaled_descriptors, jnp), jnp)
 
 
+class _Run(NamedTuple):
+    """What is fixed during one episode."""
+
+    task: Any
+    steps: Any
+    """float32, optimizer steps of an interval"""
+    horizon: Any
+    """NaN if it is not told"""
+    epochs_per_interval: Any
+    descriptors: Any
+    """[D] raw"""
+    role: Any
+    group_mask: Any
+    trust: Any
+
+
+def _describe(
+    environment: Environment,
+    config: ControllerConfig,
+    prior: Prior,
+    task: Any,
+    profile: Any,
+    spec: EpisodeSpec,
+    num_steps: Any,
+) -> _Run:
+    """Collects what the controller is told at the start, as a session does."""
+    steps = jnp.asarray(num_steps, jnp.float32)
+    epochs_per_interval = steps * environment.samples_per_step / task.num_interactions
+    budget = budget_descriptors(
+        jnp.where(spec.horizon_told, epochs_per_interval * config.num_decisions, jnp.nan),
+        environment.samples_per_step,
+        task.num_users.astype(jnp.float32),
+        task.num_items.astype(jnp.float32),
+        jnp,
+    )
+    descriptors = jnp.concatenate([profile, budget])
+    scaled = percentile_scale(descriptors, prior.normalizer.descriptors, jnp)
+    return _Run(
+        task=task,
+        steps=steps,
+        horizon=jnp.where(spec.horizon_told, steps * config.num_decisions, jnp.nan),
+        epochs_per_interval=epochs_per_interval,
+        descriptors=descriptors,
+        role=jnp.array([ROLES.index(role) for role in environment.roles], jnp.int32),
+        group_mask=jnp.where(spec.single_group, jnp.arange(environment.num_groups) == 0, True).astype(jnp.float32),
+        trust=confidence(out_of_range(scaled, jnp), jnp),
+    )
+
+
+def _start(
+    config: ControllerConfig, params: PolicyParams, prior: Prior, run: _Run, spec: EpisodeSpec, key: Any, explore: Any
+) -> tuple[Position, Any]:
+    """Draws the start action; returns the position, the forced one if there is one, and the action before tanh."""
+    scaled = percentile_scale(run.descriptors, prior.normalizer.descriptors, jnp)
+    proposal = network.start(config, params.network, scaled)
+    noise = jax.random.normal(key, proposal.modifier.shape) * jnp.exp(params.start_log_std)
+    action = proposal.modifier + explore * noise
+    base = prior.base[spec.horizon_told.astype(jnp.int32)]
+    position = start_position(base, proposal.gate, jnp.tanh(action), run.trust, config, run.role.shape[0], jnp)
+    forced = jnp.isfinite(spec.start).all()
+    split = position.group_start.shape[1]
+    position = position._replace(
+        group_start=jnp.where(forced, spec.start[:split], position.group_start),
+        global_start=jnp.where(forced, spec.start[split:], position.global_start),
+    )
+    return position, action
+
+
+def _signals(
+    config: ControllerConfig,
+    run: _Run,
+    statistics: IntervalStatistics,
+    in_force: Values,
+    position: Position,
+    history: SignalHistory,
+    index: Any,
+) -> tuple[SignalFeatures, SignalHistory]:
+    """Makes features of the interval that ended just now, as a session does."""
+    intervals = index.astype(jnp.float32) + 1.0
+    progress = intervals * run.steps / run.horizon
+    group_residual, run_residual = relative_residual(position, config, jnp)
+    controls = Controls(
+        learning_rate=in_force.learning_rate * schedule_multiplier(progress - 1.0 / run.horizon, jnp),
+        weight_decay=in_force.weight_decay,
+        group_residual=group_residual,
+        dropout=in_force.dropout,
+        dropout_residual=run_residual[0],
+        progress=progress,
+        epochs=intervals * run.epochs_per_interval,
+    )
+    return featurize(statistics, controls, history, jnp)
+
+
+def _act(
+    config: ControllerConfig,
+    params: PolicyParams,
+    hidden: Any,
+    observation: network.Observation,
+    single_group: Any,
+    key: Any,
+    explore: Any,
+) -> tuple[Any, Any, Any]:
+    """Draws an in-run action before tanh, [G, A] and [B]; with one group it is everybody's."""
+    mean, hidden = network.act(config, params.network, hidden, observation)
+    num_groups, split = mean.group.shape
+    noise = jax.random.normal(key, (num_groups * split + mean.run.shape[0],)) * explore
+    group_noise = noise[: num_groups * split].reshape(num_groups, split) * jnp.exp(params.log_std[:split])
+    group = mean.group + group_noise
+    group = jnp.where(single_group, group[:1], group)
+    return group, mean.run + noise[num_groups * split :] * jnp.exp(params.log_std[split:]), hidden
+
+
 def rollout(
     environment: Environment,
     config: ControllerConfig,
@@ -137,90 +259,45 @@ def rollout(
     """
     task = jax.tree.map(lambda leaf: leaf[spec.task], tasks)
     key_model = jax.random.key(spec.initialization)
-    key_noise = jax.random.key(spec.exploration)
-    key_start, key_actions = jax.random.split(key_noise)
-    num_groups = environment.num_groups
-    steps = jnp.asarray(num_steps, jnp.float32)
-    horizon = jnp.where(spec.horizon_told, steps * config.num_decisions, jnp.nan)
-    samples_per_step = environment.samples_per_step
-    epochs_per_interval = steps * samples_per_step / task.num_interactions
-    budget = budget_descriptors(
-        jnp.where(spec.horizon_told, epochs_per_interval * config.num_decisions, jnp.nan),
-        samples_per_step,
-        task.num_users.astype(jnp.float32),
-        task.num_items.astype(jnp.float32),
-        jnp,
-    )
-    descriptors = jnp.concatenate([profiles[spec.task], budget])
-    role = jnp.array([ROLES.index(role) for role in environment.roles], jnp.int32)
-    group_mask = jnp.where(spec.single_group, jnp.arange(num_groups) == 0, True).astype(jnp.float32)
-    scaled = percentile_scale(descriptors, prior.normalizer.descriptors, jnp)
-    trust = confidence(out_of_range(scaled, jnp), jnp)
+    key_start, key_actions = jax.random.split(jax.random.key(spec.exploration))
+    run = _describe(environment, config, prior, task, profiles[spec.task], spec, num_steps)
+    position, start_action = _start(config, params, prior, run, spec, key_start, explore)
 
-    proposal = network.start(config, params.network, scaled)
-    noise = jax.random.normal(key_start, proposal.modifier.shape) * jnp.exp(params.start_log_std)
-    start_action = proposal.modifier + explore * noise
-    base = prior.base[spec.horizon_told.astype(jnp.int32)]
-    position = start_position(base, proposal.gate, jnp.tanh(start_action), trust, config, num_groups, jnp)
-    forced = jnp.isfinite(spec.start).all()
-    split = position.group_start.shape[1]
-    position = position._replace(
-        group_start=jnp.where(forced, spec.start[:split], position.group_start),
-        global_start=jnp.where(forced, spec.start[split:], position.global_start),
-    )
-    state = environment.reset(task, key=jax.random.fold_in(key_model, 0))
-    history = initial_history(num_groups, jnp, jnp.float32)
-    hidden = jnp.zeros((num_groups, config.hidden_size))
-
-    def interval(carry, index):
+    def interval(carry: Any, index: Any) -> Any:
         state, history, hidden, position, best = carry
         in_force = values(position, config, jnp)
-        plan = Plan(num_steps, index * num_steps, horizon, spec.single_group)
+        plan = Plan(num_steps, index * num_steps, run.horizon, spec.single_group)
         state, statistics = environment.step(task, state, in_force, plan, key=jax.random.fold_in(key_model, index + 1))
-        intervals = index.astype(jnp.float32) + 1.0
-        done = intervals * steps
-        progress = done / horizon
-        group_residual, run_residual = relative_residual(position, config, jnp)
-        controls = Controls(
-            learning_rate=in_force.learning_rate * schedule_multiplier(progress - 1.0 / horizon, jnp),
-            weight_decay=in_force.weight_decay,
-            group_residual=group_residual,
-            dropout=in_force.dropout,
-            dropout_residual=run_residual[0],
-            progress=progress,
-            epochs=intervals * epochs_per_interval,
-        )
-        features, history = featurize(statistics, controls, history, jnp)
+        features, history = _signals(config, run, statistics, in_force, position, history, index)
         validation = jnp.where(jnp.isfinite(statistics.validation), statistics.validation, 0.0)
         new_best = jnp.maximum(best, validation)
         reward = normalized(new_best, task.validation_floor) - normalized(best, task.validation_floor)
         reward = reward - jnp.where(statistics.nonfinite > 0, NONFINITE_PENALTY, 0.0)
-        observation, _ = observe(features, descriptors, prior, role, group_mask)
-        mean, hidden = network.act(config, params.network, hidden, observation)
-        noise = (
-            jax.random.normal(jax.random.fold_in(key_actions, index), (num_groups * split + mean.run.shape[0],))
-            * explore
-        )
-        group_std = jnp.exp(params.log_std[:split])
-        group = mean.group + noise[: num_groups * split].reshape(num_groups, split) * group_std
-        group = jnp.where(spec.single_group, group[:1], group)
-        run = mean.run + noise[num_groups * split :] * jnp.exp(params.log_std[split:])
-        action = jnp.concatenate([group.reshape(-1), run])
-        position = move(position, group, run, jnp.where(act, trust, 0.0), config, jnp)
+        observation, _ = observe(features, run.descriptors, prior, run.role, run.group_mask)
+        key = jax.random.fold_in(key_actions, index)
+        group, of_run, hidden = _act(config, params, hidden, observation, spec.single_group, key, explore)
+        position = move(position, group, of_run, jnp.where(act, run.trust, 0.0), config, jnp)
+        action = jnp.concatenate([group.reshape(-1), of_run])
         return (state, history, hidden, position, new_best), (features, action, reward, validation, in_force)
 
-    carry = (state, history, hidden, position, jnp.zeros(()))
+    carry = (
+        environment.reset(task, key=jax.random.fold_in(key_model, 0)),
+        initial_history(environment.num_groups, jnp, jnp.float32),
+        jnp.zeros((environment.num_groups, config.hidden_size)),
+        position,
+        jnp.zeros(()),
+    )
     carry, (features, action, reward, validation, in_force) = jax.lax.scan(
         interval, carry, jnp.arange(config.num_decisions)
     )
     score = environment.score(task, carry[0])
     final = normalized(score, task.test_floor) - normalized(carry[-1], task.validation_floor)
     return Episode(
-        descriptors=descriptors,
+        descriptors=run.descriptors,
         group=features.group[:-1],
         run=features.run[:-1],
-        role=role,
-        group_mask=group_mask,
+        role=run.role,
+        group_mask=run.group_mask,
         start_action=start_action,
         action=action[:-1],
         reward=reward.at[-1].add(final),

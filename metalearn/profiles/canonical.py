@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -45,6 +46,12 @@ class CanonicalTable:
     @property
     def num_items(self) -> int:
         return len(self.item_counts)
+
+    @cached_property
+    def time_order(self) -> np.ndarray:
+        """Rows in order of time, those of one time in the order of the table; only where there are times."""
+        assert self.timestamp is not None
+        return np.argsort(self.timestamp, kind="stable")
 
 
 def canonical_table(interactions: Interactions, *, sampled_fraction: float = 1.0) -> CanonicalTable:

@@ -25,10 +25,11 @@ class DomainProfile:
       values: float64 [M], in the order of `names`; 0 where undefined.
       mask: bool [M], False where the meta-feature is undefined (for example, temporal ones without times).
       fingerprint: identity hash of what was profiled; never an input of a model.
-      num_users: users that occur, estimated if the domain was sampled.
-      num_items: items that occur in what was profiled.
+      num_users: users that occur.
+      num_items: items that occur.
       num_interactions: interactions of the whole domain.
-      sampled_fraction: share of the interactions that was profiled, in (0, 1].
+      sampled_fraction: share of the interactions that `SAMPLED_META_FEATURES` are from, in (0, 1]; the others are
+        from all of them.
       names: META_FEATURE_NAMES of this schema version.
       schema_version: version of the set of meta-features and their definitions.
 

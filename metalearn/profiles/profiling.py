@@ -1,4 +1,4 @@
-"""From interactions to a DomainProfile: sample if need be, sort once, compute every family, mask what is undefined."""
+"""From interactions to a DomainProfile: count over every row, sample if need be, compute every meta-feature."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from metalearn.interactions import Interactions, InteractionsScan
 from metalearn.profiles.canonical import canonical_table, fingerprint, sample_users
 from metalearn.profiles.domain_profile import DomainProfile
 from metalearn.profiles.meta_features import META_FEATURE_NAMES, compute_meta_features
+from metalearn.profiles.streaming import streamed_totals
+from metalearn.profiles.totals import DomainTotals, table_totals
 
 
 def profile_domain(
@@ -17,17 +19,19 @@ def profile_domain(
     """Compute the meta-features of a domain.
 
     Only users and items that occur count, so a training split in a larger code space says nothing about the rest.
-    A domain with more than `max_interactions` is profiled on whole users chosen by a seeded hash; numbers of users and
-    interactions are then scaled up, while items and shapes are those of the sample. A scan is streamed, so memory is
-    bounded by `max_interactions` in any case.
+
+    Up to `max_interactions`, everything is computed from every row. Beyond, sizes, distributions, drift, newcomers and
+    seasons still are, by counting over all rows in a stream; those in `SAMPLED_META_FEATURES` are estimated on whole
+    users chosen by a seeded hash, and `sampled_fraction` says on how large a share. The memory of a scan is bounded by
+    `max_interactions` and the numbers of users and items.
 
     Args:
       interactions: the table, or a lazy scan of one.
-      max_interactions: most rows to look at, at least 2.
+      max_interactions: most rows to hold at a time, at least 2.
       seed: seed of every sample drawn; the same table and seed give the same profile, in any order of rows.
 
     Returns:
-      The profile; its fingerprint identifies the rows that were looked at.
+      The profile; its fingerprint identifies the rows, or the sample and the number of rows that it is from.
 
     Raises:
       InteractionsError: empty, or fewer than 2 users or items occur.
@@ -43,24 +47,35 @@ def profile_domain(
         raise InvalidArgumentError(f"`max_interactions` must be an int of at least 2, got {max_interactions!r}")
     if isinstance(interactions, InteractionsScan):
         total = interactions.count()
-        profiled = interactions.collect() if total <= max_interactions else interactions.sample(max_interactions, seed)
+        held = interactions.collect() if total <= max_interactions else interactions.sample(max_interactions, seed)
     elif isinstance(interactions, Interactions):
         total = len(interactions)
-        profiled = interactions if total <= max_interactions else sample_users(interactions, max_interactions, seed)
+        held = interactions if total <= max_interactions else sample_users(interactions, max_interactions, seed)
     else:
         raise InvalidArgumentError(
             f"`interactions` must be Interactions or an InteractionsScan, got {type(interactions).__name__}; "
             "build one with Interactions.from_frame or Interactions.scan"
         )
-    table = canonical_table(profiled, sampled_fraction=len(profiled) / total if total else 1.0)
-    features = compute_meta_features(table, seed=seed)
+    table = canonical_table(held, sampled_fraction=len(held) / total if total else 1.0)
+    totals = table_totals(table, seed=seed) if len(held) == total else _stream(interactions, seed)
+    features = compute_meta_features(totals, table, seed=seed)
     values = np.array([features[name] for name in META_FEATURE_NAMES], dtype=np.float64)
     return DomainProfile(
         values=values,
         mask=np.isfinite(values),
         fingerprint=fingerprint(table),
-        num_users=round(table.num_users / table.sampled_fraction),
-        num_items=table.num_items,
+        num_users=totals.num_users,
+        num_items=totals.num_items,
         num_interactions=total,
         sampled_fraction=table.sampled_fraction,
     )
+
+
+def _stream(interactions: Interactions | InteractionsScan, seed: int) -> DomainTotals:
+    if isinstance(interactions, InteractionsScan):
+        return interactions.stream(lambda rows: streamed_totals(rows, seed=seed))
+    import polars
+
+    columns = {"user": interactions.user, "item": interactions.item, "timestamp": interactions.timestamp}
+    rows = polars.LazyFrame({name: values for name, values in columns.items() if values is not None})
+    return streamed_totals(rows, seed=seed)

@@ -1,4 +1,4 @@
-"""Splits respect time, nothing leaks, and what is evaluated is what it says."""
+"""Splits respect time, nothing leaks, and what comes with a domain follows its codes."""
 
 from __future__ import annotations
 
@@ -9,45 +9,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from envs.domains import CSR, Domain, check_leakage, cohorts, evaluation_set, make_domain
+from envs.domains import check_leakage, make_domain
 from metalearn.errors import InvalidArgumentError, LeakageError
 from metalearn.interactions import Interactions
-
-
-def random_log(
-    *,
-    seed: int = 0,
-    users: int = 80,
-    items: int = 40,
-    rows: int = 2000,
-    timed: bool = True,
-    distinct_times: int = 10_000,
-) -> Interactions:
-    rng = np.random.default_rng(seed)
-    return Interactions(
-        user=rng.integers(0, users, rows).astype(np.int32),
-        item=np.minimum(rng.geometric(0.08, rows) - 1, items - 1).astype(np.int32),
-        num_users=users,
-        num_items=items,
-        timestamp=rng.integers(0, distinct_times, rows).astype(np.float64) if timed else None,
-    )
+from tests.envs.logs import hand_made, random_log
 
 
 def pairs(part: Interactions) -> set[tuple[int, int]]:
     return set(zip(part.user.tolist(), part.item.tolist(), strict=True))
-
-
-def hand_made(
-    train: list[tuple[int, int, float]], validation: list[tuple[int, int, float]], test=(), **changes
-) -> Domain:
-    def part(rows) -> Interactions:
-        user, item, time = np.array([*rows]).reshape(-1, 3).T
-        return Interactions(
-            user=user.astype(np.int32), item=item.astype(np.int32), num_users=4, num_items=5, timestamp=time
-        )
-
-    parts = {"train": part(train), "validation": part(validation), "test": part(test)}
-    return Domain(**{"name": "hand-made", "split": "time", **parts, **changes})
 
 
 def test_time_split_is_global_and_close_to_the_shares_wanted() -> None:
@@ -231,51 +200,6 @@ def test_parts_must_share_a_code_space() -> None:
         dataclasses.replace(good, split="auto")
 
 
-def test_evaluation_set_by_hand() -> None:
-    domain = hand_made(
-        [(0, 0, 1), (0, 3, 1), (1, 1, 2), (2, 4, 2), (2, 0, 2)],
-        [(0, 1, 5), (2, 2, 5), (2, 1, 5)],
-        [(2, 3, 9), (1, 0, 9)],
-    )
-    validation = evaluation_set(domain, "validation")
-    assert validation.users.tolist() == [0, 2] and len(validation) == 2 and validation.num_items == 5
-    assert (validation.seen.indptr.tolist(), validation.seen.indices.tolist()) == ([0, 2, 4], [0, 3, 0, 4])
-    assert (validation.targets.indptr.tolist(), validation.targets.indices.tolist()) == ([0, 1, 3], [1, 1, 2])
-    test = evaluation_set(domain, "test")
-    assert test.users.tolist() == [1, 2]
-    assert (test.seen.indptr.tolist(), test.seen.indices.tolist()) == ([0, 1, 5], [1, 0, 1, 2, 4])
-    assert test.targets.indices.tolist() == [0, 3]
-    assert (test.users.dtype, test.seen.indptr.dtype, test.seen.indices.dtype) == (np.int32, np.int64, np.int32)
-
-
-def test_evaluation_set_samples_users_by_seed() -> None:
-    domain = make_domain(random_log(), name="log")
-    full = evaluation_set(domain, "test")
-    some, again, other = (evaluation_set(domain, "test", max_users=10, seed=seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(some.users, again.users)
-    assert len(some) == 10 and (np.diff(some.users) > 0).all() and set(some.users) <= set(full.users)
-    assert set(some.users) != set(other.users)
-    assert len(evaluation_set(domain, "test", max_users=10_000)) == len(full)
-    for arguments in ({"split": "train"}, {"split": "test", "max_users": 0}):
-        with pytest.raises(InvalidArgumentError):
-            evaluation_set(domain, **arguments)
-
-
-def test_csr_rows_and_lengths() -> None:
-    csr = CSR(indptr=np.array([0, 2, 2, 3]), indices=np.array([5, 6, 7], dtype=np.int32))
-    assert csr.lengths.tolist() == [2, 0, 1] and csr.rows.tolist() == [0, 0, 2]
-
-
-def test_cohorts_by_hand() -> None:
-    # Item 0 has 3 of 8 interactions: more than the first third, so it is the head alone; item 1 (2) starts at 3/8.
-    # Items 2, 3, 4 (1 each) start at 5/8, 6/8 and 7/8: mid ends at 2/3.
-    train = [(0, 0, 1), (1, 0, 1), (2, 0, 1), (0, 1, 1), (1, 1, 1), (0, 2, 1), (3, 3, 1), (0, 4, 1)]
-    groups = cohorts(hand_made(train, [(1, 2, 5)]))
-    assert groups.item.tolist() == [0, 1, 1, 2, 2]
-    # Activity 4, 2, 1, 1 with terciles 1 and 2.
-    assert groups.user.tolist() == [2, 1, 0, 0]
-
-
 def test_the_profile_is_of_training_only() -> None:
     from metalearn.profiles import profile_domain
 
@@ -283,3 +207,90 @@ def test_the_profile_is_of_training_only() -> None:
     assert domain.profile is domain.profile
     assert domain.profile.num_interactions == len(domain.train)
     np.testing.assert_array_equal(domain.profile.values, profile_domain(domain.train).values)
+
+
+def content_log() -> tuple[Interactions, np.ndarray]:
+    """A log with raw ids, and a row of content for each item code that says which item it is."""
+    log = random_log()
+    raw = Interactions.from_arrays(
+        [f"u{u:02d}" for u in log.user], [f"i{i:03d}" for i in log.item], timestamp=log.timestamp
+    )
+    number = np.array([int(str(name)[1:]) for name in raw.item_ids(np.arange(raw.num_items))])
+    return raw, np.stack([number, -number], axis=1)
+
+
+@pytest.mark.parametrize("split", ["time", "leave-last-out"])
+def test_content_follows_the_codes_of_training(split: str) -> None:
+    raw, content = content_log()
+    domain = make_domain(raw, name="described", split=split, min_item_interactions=20, item_content=content)
+    assert domain.num_items < raw.num_items  # rows were dropped, so codes moved
+    assert domain.item_content.shape == (domain.num_items, 2) and domain.item_content.dtype == np.float32
+    names = domain.train.item_ids(np.arange(domain.num_items))
+    expected = np.array([int(str(name)[1:]) for name in names])
+    np.testing.assert_array_equal(domain.item_content, np.stack([expected, -expected], axis=1))
+
+
+def test_content_and_exposures_must_fit() -> None:
+    raw, content = content_log()
+    with pytest.raises(InvalidArgumentError, match=r"`item_content` must have a row per item code \(40\), got 39"):
+        make_domain(raw, name="short", item_content=content[:-1])
+    with pytest.raises(InvalidArgumentError, match="`exposures` must share the code space of `interactions`"):
+        make_domain(raw, name="foreign", exposures=random_log(items=90))
+    domain = make_domain(raw, name="log")
+    with pytest.raises(InvalidArgumentError, match=r"`item_content` must have a row per item \(\d+\), got 3"):
+        dataclasses.replace(domain, item_content=content[:3])
+    foreign = dataclasses.replace(domain.train, num_items=domain.num_items + 1, item_labels=None)
+    with pytest.raises(InvalidArgumentError, match="`exposures` must share the code space of `train`"):
+        dataclasses.replace(domain, exposures=foreign)
+
+
+def test_exposures_are_cut_to_what_training_could_know() -> None:
+    # 30 users take items 0-4 at times 1-5, 5 at 6 (validation) and 6 at 7 (test); three more take items 5-8 at times
+    # 1-4, so that these are known. User 33 takes item 9 at time 6 and nothing before: neither is known.
+    rows = [(u, i, 1 + i) for u in range(30) for i in range(5)]
+    rows += [(u, 5, 6) for u in range(30)] + [(u, 6, 7) for u in range(30)]
+    rows += [(u, i, i - 4) for u in range(30, 33) for i in range(5, 9)] + [(33, 9, 6)]
+    user, item, time = np.array(rows).T
+    log = Interactions.from_arrays(user, item, timestamp=time)
+    shown = [
+        (0, 7, 2),  # kept
+        (30, 0, 5),  # kept: the last time of training
+        (0, 8, 6),  # validation has begun
+        (1, 8, 7),  # test
+        (2, 3, 1),  # taken in training
+        (2, 5, 3),  # taken in validation
+        (3, 6, 4),  # taken in test
+        (33, 0, 1),  # the user is unknown
+        (4, 9, 1),  # the item is unknown
+        (0, 7, 3),  # kept: shown twice
+    ]
+    user, item, time = np.array(shown, dtype=np.int32).T
+    exposures = dataclasses.replace(log, user=user, item=item, timestamp=time)
+    domain = make_domain(log, name="shown", validation_fraction=0.13, test_fraction=0.13, exposures=exposures)
+    kept = domain.exposures
+    assert (kept.num_users, kept.num_items) == (33, 9) and kept.rating is None
+    found = zip(kept.user_ids(kept.user), kept.item_ids(kept.item), kept.timestamp, strict=True)
+    assert [tuple(map(int, row)) for row in found] == [(0, 7, 2), (30, 0, 5), (0, 7, 3)]
+
+
+@given(seed=st.integers(0, 10_000), split=st.sampled_from(["time", "leave-last-out"]))
+@settings(max_examples=20)
+def test_no_exposure_is_a_pair_of_any_part(seed: int, split: str) -> None:
+    log = random_log(seed=seed)
+    rng = np.random.default_rng(seed)
+    exposures = dataclasses.replace(
+        log,
+        user=rng.integers(0, 80, 500).astype(np.int32),
+        item=rng.integers(0, 40, 500).astype(np.int32),
+        timestamp=rng.integers(0, 10_000, 500).astype(np.float64),
+    )
+    domain = make_domain(log, name="random", split=split, min_item_interactions=5, exposures=exposures)
+    taken = pairs(domain.train) | pairs(domain.validation) | pairs(domain.test)
+    assert not pairs(domain.exposures) & taken
+    first = np.full(domain.num_users, domain.validation.timestamp.min())
+    if split == "leave-last-out":
+        first[:] = np.inf
+        for part in (domain.validation, domain.test):
+            np.minimum.at(first, part.user, part.timestamp)
+    assert len(domain.exposures) > 20
+    assert (domain.exposures.timestamp < first[domain.exposures.user]).all()

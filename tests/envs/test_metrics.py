@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from envs.domains import CSR, Domain, EvaluationSet, evaluation_set, make_domain
+from envs.domains import Domain, make_domain
+from envs.evaluation_sets import CSR, EvaluationSet, evaluation_set
 from envs.metrics import mean_interval, popularity_baseline, ranking_metrics, top_k
 from envs.simulated import SimulatedPrior, simulate
 from metalearn.errors import InvalidArgumentError

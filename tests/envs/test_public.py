@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -142,17 +145,26 @@ def test_a_file_or_folder_loads_by_its_path(folder: Path, tmp_path: Path) -> Non
 def test_a_hub_id_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def load_dataset(*arguments, **options):
-        calls.append((arguments, options))
-        return datasets.Dataset.from_dict(
-            table().rename({"user_id": "userId", "item_id": "movieId"}).to_dict(as_series=False)
-        )
+    def load_dataset(location, config, **options):
+        calls.append((location, config, options))
+        if location == source.location:
+            frame = table().rename({"user_id": "userId", "item_id": "movieId"})
+        else:
+            frame = pl.DataFrame(
+                {"movieId": [0, 10], "title": ["Zero (1995)", "Ten"], "genres": ["Drama", "Comedy|War"]}
+            )
+        return datasets.Dataset.from_dict(frame.to_dict(as_series=False))
 
+    source = REGISTRY["movielens_latest_small"]
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     domain = load_public("movielens_latest_small")
-    source = REGISTRY["movielens_latest_small"]
-    assert calls == [((source.location, None), {"split": "train", "revision": source.revision})]
+    assert calls == [
+        (source.location, None, {"split": "train", "revision": source.revision}),
+        (source.items.location, None, {"split": "train", "revision": source.items.revision}),
+    ]
     assert domain.split == "time" and domain.provenance["revision"] == source.revision
+    assert domain.item_titles[:3].tolist() == ["Zero (1995)", "Ten", ""]
+    assert domain.item_content[:3].any(axis=1).tolist() == [True, True, False]
     assert find_source("owner/data", revision="abc").name == "data"
     with pytest.raises(InvalidArgumentError, match="`revision` of hub data set 'owner/data' is missing"):
         load_public("owner/data")
@@ -161,8 +173,51 @@ def test_a_hub_id_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_registered_source_states_its_terms() -> None:
     for name, source in REGISTRY.items():
         assert source.name == name
-        assert source.licence != "not stated" and source.citation and source.source
-        assert source.is_local or len(source.revision) == 40
+        assert source.licence != "not stated" and source.citation and source.source and source.verified
+        lines = source.describe()
+        assert lines[0] == name and f"  licence: {source.licence}" in lines and f"  cite: {source.citation}" in lines
+
+
+def test_at_least_twelve_hub_data_sets_are_registered_and_pinned() -> None:
+    hub = [source for source in REGISTRY.values() if not source.is_local]
+    assert len(hub) >= 12
+    tables = [*hub, *(source.items for source in hub if source.items is not None)]
+    for table in tables:
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", table.location)
+        assert re.fullmatch("[0-9a-f]{40}", table.revision), table.location
+        assert table.dataset_split in ("train", "train+validation")
+    assert len({(source.location, source.files) for source in hub}) == len(hub)
+
+
+def test_the_command_line_shows_the_terms() -> None:
+    def show(*names: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-m", "envs.public", *names], capture_output=True, text=True)
+
+    shown = show("gowalla_lightgcn", "uci_online_retail")
+    source = REGISTRY["gowalla_lightgcn"]
+    assert f"  location: {source.location}@{source.revision}" in shown.stdout
+    assert "  licence: CC BY 4.0" in shown.stdout and "doi:10.24432/C5BW33" in shown.stdout
+    assert show("gowala").stderr.startswith("error: `name_or_path` 'gowala' is neither")
+
+
+def test_k_core_and_sizes_are_parameters(folder: Path) -> None:
+    source = load_folder(folder)["timed"]
+    whole = source.domain()
+    core = source.domain(min_user_interactions=20, min_item_interactions=13)
+    assert np.bincount(whole.train.user).min() < 20 and np.bincount(whole.train.item).min() < 13
+    assert np.bincount(core.train.user).min() >= 20 and np.bincount(core.train.item).min() >= 13
+    small = source.domain(max_users=48, max_items=40, seed=1)
+    again, other = (source.domain(max_users=48, max_items=40, seed=seed) for seed in (1, 2))
+    assert small.num_users <= 48 and small.num_items == 40 and small.split == "time"
+    np.testing.assert_array_equal(small.train.user, again.train.user)
+    users = [set(domain.train.user_ids(domain.train.user).tolist()) for domain in (small, other)]
+    assert users[0] != users[1]
+    popular = np.argsort(-np.bincount(source.interactions().item), kind="stable")[:30]
+    assert set(source.interactions().item_ids(popular)) <= set(small.train.item_ids(small.train.item))
+    by_path = load_public(folder / "timed.parquet", max_users=48, max_items=40, seed=1)
+    np.testing.assert_array_equal(small.train.user, by_path.train.user)
+    with pytest.raises(InvalidArgumentError, match="`max_items` must be at least 2 or None, got 1"):
+        source.domain(max_items=1)
 
 
 def test_progress_bars_are_left_as_they_were(folder: Path) -> None:
@@ -193,7 +248,7 @@ def test_bad_folders_are_named(folder: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="must be JSON like"):
         load_folder(folder)
     (folder / "notes.txt").write_text("text")
-    with pytest.raises(InvalidArgumentError, match=r"suffix '.txt'.*\.parquet or \.csv"):
+    with pytest.raises(InvalidArgumentError, match=r"suffix '.txt'.*\.parquet or \.csv or \.tsv"):
         load_public(folder / "notes.txt")
     with pytest.raises(InvalidArgumentError, match="is registered"):
         find_source("uci_online_retail", revision="abc")

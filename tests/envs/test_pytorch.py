@@ -14,7 +14,7 @@ from envs.domains import make_domain
 from envs.pytorch import PyTorchEnvironment
 from envs.recommenders import Evaluator, MatrixFactorization, TripleSampler
 from envs.simulated import SimulatedPrior, simulate
-from envs.vectorized import Bucket, MatrixFactorizationEnvironment, make_task
+from envs.vectorized import Bucket, VectorizedEnvironment, make_task
 from metalearn import load_controller
 from metalearn.controller.actions import Values
 from metalearn.controller.config import GROUP_CONTROLLED
@@ -39,7 +39,7 @@ def controller(tmp_path_factory):
 
 
 def _jax_statistics(domain, values, horizon, intervals):
-    environment = MatrixFactorizationEnvironment(BUCKET)
+    environment = VectorizedEnvironment(BUCKET)
     task = jax.tree.map(jnp.asarray, make_task(domain, BUCKET))
     state = environment.reset(task, key=jax.random.key(0))
     traced = Values(*(jnp.asarray(value, jnp.float32) for value in values))
@@ -65,7 +65,7 @@ def _torch_statistics(domain, values, horizon, intervals, single_group=False):
 
 def test_both_environments_fulfil_the_protocol():
     assert isinstance(PyTorchEnvironment(), Environment)
-    assert isinstance(MatrixFactorizationEnvironment(BUCKET), Environment)
+    assert isinstance(VectorizedEnvironment(BUCKET), Environment)
 
 
 @pytest.mark.parametrize("horizon", [8 * STEPS, math.nan])

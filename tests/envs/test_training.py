@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from envs.domains import Domain, evaluation_set, make_domain
+from envs.domains import Domain, make_domain
+from envs.evaluation_sets import evaluation_set
 from envs.metrics import ranking_metrics, top_k
 from envs.recommenders import Evaluator, MatrixFactorization, TripleSampler
 from envs.recommenders import evaluation as evaluation_module

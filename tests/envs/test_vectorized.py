@@ -9,10 +9,10 @@ import pytest
 
 from envs.domains import make_domain
 from envs.simulated import SimulatedPrior, simulate
-from envs.vectorized import Bucket, MatrixFactorizationEnvironment, make_task, stack_tasks
+from envs.vectorized import Bucket, VectorizedEnvironment, make_task, stack_tasks
 from metalearn.controller.actions import Values
 from metalearn.errors import InvalidArgumentError
-from metalearn.meta_training.environment import Plan
+from metalearn.meta_training.environment import Plan, Status
 
 BUCKET = Bucket(users=128, items=96, interactions=4096, dim=8, batch=32, evaluated=64)
 VALUES = Values(jnp.array([0.02, 0.02]), jnp.array([0.2, 0.2]), jnp.array([0.9, 0.9]), jnp.float32(0.1))
@@ -33,7 +33,7 @@ def _plan(index, horizon=80.0, single=False):
 
 @pytest.fixture(scope="module")
 def environment():
-    return MatrixFactorizationEnvironment(BUCKET)
+    return VectorizedEnvironment(BUCKET)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_seeds_reproduce_to_the_bit(environment, step):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
     assert float(rows[-1].loss_sum) == float(again[-1].loss_sum)
     other, _ = _run(environment, step, task, seed=1)
-    assert not np.array_equal(first.learner.params.user, other.learner.params.user)
+    assert not np.array_equal(first.params.user, other.params.user)
 
 
 def test_one_program_serves_every_task_of_a_bucket(environment):
@@ -71,7 +71,7 @@ def test_padding_rows_are_never_touched(environment, step):
     state, rows = _run(environment, step, task)
     users, items = int(task.num_users), int(task.num_items)
     assert users < BUCKET.users and items < BUCKET.items
-    for tables in (state.learner.params, state.learner.mu, state.learner.nu):
+    for tables in (state.params, state.optimizer.first, state.optimizer.second):
         assert not np.any(tables.user[users:]) and not np.any(tables.item[items:]) and not np.any(tables.bias[items:])
     norm = float(jnp.sqrt(jnp.square(state.anchor.user[:users]).sum()))
     assert float(rows[-1].weight_norm[0]) == pytest.approx(norm, rel=1e-5)
@@ -79,7 +79,7 @@ def test_padding_rows_are_never_touched(environment, step):
 
 def test_a_larger_bucket_measures_the_same(step, environment):
     wide = Bucket(users=200, items=150, interactions=6000, dim=8, batch=32, evaluated=64)
-    other = MatrixFactorizationEnvironment(wide)
+    other = VectorizedEnvironment(wide)
     narrow_task, wide_task = _task(0), _task(0, wide)
     # The same first weights, which draws of another shape would not give.
     state = environment.reset(narrow_task, key=jax.random.key(0))
@@ -108,10 +108,10 @@ def test_an_unknown_horizon_holds_the_rate_and_averages(environment, step):
     task = _task(0)
     state, _ = _run(environment, step, task, horizon=float("nan"))
     assert float(state.num_averaged) > 0
-    assert not np.array_equal(state.average.user, state.learner.params.user)
+    assert not np.array_equal(state.average.user, state.params.user)
     decayed, _ = _run(environment, step, task, intervals=4, horizon=80.0)
     held, _ = _run(environment, step, task, intervals=4, horizon=float("nan"))
-    moved = [float(jnp.abs(s.learner.params.user - s.anchor.user).max()) for s in (decayed, held)]
+    moved = [float(jnp.abs(s.params.user - s.anchor.user).max()) for s in (decayed, held)]
     assert moved[0] < 0.2 * moved[1]  # one step at the end of a cosine against one at the full rate
 
 
@@ -124,6 +124,17 @@ def test_a_diverged_run_scores_nothing(environment, step):
     assert int(statistics.nonfinite) > 0
     assert float(statistics.validation) == 0.0
     assert float(environment.score(task, state)) <= 0.1
+    assert int(environment.status(state)) == Status.NONFINITE
+
+
+def test_statuses(environment, step):
+    task = _task(0)
+    state, _ = _run(environment, step, task)
+    assert int(environment.status(state)) == Status.RUNNING
+    state = environment.reset(task, key=jax.random.key(0))
+    wild = VALUES._replace(learning_rate=jnp.full(2, 5.0, jnp.float32), weight_decay=jnp.zeros(2))
+    state, _ = step(task, state, wild, _plan(0), key=jax.random.key(1))
+    assert int(environment.status(state)) == Status.DIVERGED
 
 
 def test_a_domain_that_does_not_fit_is_refused():
@@ -134,5 +145,5 @@ def test_a_domain_that_does_not_fit_is_refused():
 
 def test_stacked_tasks_keep_their_leaves():
     stacked = stack_tasks([make_task(_domain(seed), BUCKET) for seed in (0, 1)])
-    assert stacked.user.shape == (2, BUCKET.interactions)
+    assert stacked.data.user.shape == (2, BUCKET.interactions)
     assert stacked.test_seen.shape == (2, BUCKET.evaluated, BUCKET.items)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from metalearn.profiles.canonical import CanonicalTable
+from metalearn.profiles.totals import DomainTotals
 
 _SHAPES = (
     "gini",
@@ -24,9 +24,9 @@ NAMES = (*(f"user_{shape}" for shape in _SHAPES), *(f"item_{shape}" for shape in
 _TAIL_ITEMS = 20
 
 
-def distribution_features(table: CanonicalTable) -> dict[str, float]:
+def distribution_features(totals: DomainTotals) -> dict[str, float]:
     """Compute the shapes of the user and the item counts, and the power-law tail of the item counts."""
-    users, items = np.sort(table.user_counts), np.sort(table.item_counts)
+    users, items = np.sort(totals.user_counts), np.sort(totals.item_counts)
     values = (*_shapes(users), *_shapes(items), hill_tail_index(items))
     return dict(zip(NAMES, values, strict=True))
 

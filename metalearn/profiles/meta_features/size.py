@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from metalearn.profiles.canonical import CanonicalTable
+from metalearn.profiles.totals import DomainTotals
 
 NAMES = (
     "log_num_users",
@@ -17,11 +17,9 @@ NAMES = (
 )
 
 
-def size_features(table: CanonicalTable) -> dict[str, float]:
-    """Compute the size family; users and interactions of a sampled table are scaled up to the domain."""
-    users = math.log(table.num_users / table.sampled_fraction)
-    items = math.log(table.num_items)
-    interactions = math.log(len(table.user) / table.sampled_fraction)
+def size_features(totals: DomainTotals) -> dict[str, float]:
+    """Compute the size family."""
+    users, items, interactions = map(math.log, (totals.num_users, totals.num_items, totals.num_interactions))
     values = (
         users,
         items,

@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from metalearn.profiles.canonical import CanonicalTable
+from metalearn.profiles.totals import DomainTotals
 
 NAMES = (
     "drift_distance",
@@ -27,47 +28,49 @@ NAMES = (
     "daily_season",
     "weekly_season",
 )
+PACE_NAMES = ("item_age", "log_user_gap", "temporal_burstiness")
+"""Those that need the rows of users and items in order of time, not only counts."""
 
-_DAY = 86_400.0
 _GAP_FLOOR = 1e-6
+_SHORT_LIFE = 0.05
 
 
-def temporal_features(table: CanonicalTable, *, seed: int) -> dict[str, float]:
-    """Compute the temporal family; all NaN without times."""
+def temporal_features(totals: DomainTotals) -> dict[str, float]:
+    """Compute what follows from counts; all NaN without times."""
+    times = totals.times
+    if times is None:
+        return {name: math.nan for name in NAMES if name not in PACE_NAMES}
+    early = totals.item_counts - times.item_half
+    distance = jensen_shannon_distance(early, times.item_half)
+    by_chance = jensen_shannon_distance(times.item_by_chance, totals.item_counts - times.item_by_chance)
+    return {
+        "drift_distance": distance,
+        "drift_excess": distance - by_chance,
+        "drift_rank_correlation": rank_correlation(early, times.item_half),
+        "late_item_share": newcomer_share(times.item_quarter, totals.item_counts),
+        "activity_trend": 2.0 * times.mean_position - 1.0,
+        "cold_item_rate": newcomer_share(times.item_tenth, totals.item_counts),
+        "cold_user_rate": newcomer_share(times.user_tenth, totals.user_counts),
+        "short_lifetime_share": float(np.mean(times.lives < _SHORT_LIFE)) if len(times.lives) else math.nan,
+        "daily_season": season_strength(times.hours),
+        "weekly_season": season_strength(times.weekdays),
+    }
+
+
+def pace_features(table: CanonicalTable) -> dict[str, float]:
+    """Compute the median age of items when used, and the pace of users; all NaN without times."""
     if table.timestamp is None:
-        return dict.fromkeys(NAMES, math.nan)
-    order = np.argsort(table.timestamp, kind="stable")
+        return dict.fromkeys(PACE_NAMES, math.nan)
+    order = table.time_order
     times = table.timestamp[order]
-    users, items = table.user[order], table.item[order]
     position = (times - times[0]) / (times[-1] - times[0])
-    values = (
-        *_drift(items, _late_start(times, 0.5), table.num_items, seed),
-        *_trajectory(items, position, _late_start(times, 0.75), table.num_items),
-        _newcomer_rate(items, _late_start(times, 0.9), table.num_items),
-        _newcomer_rate(users, _late_start(times, 0.9), table.num_users),
-        *_pace(users, position),
-        season_strength(times, period=_DAY, bins=24),
-        season_strength(times, period=7 * _DAY, bins=7),
-    )
-    return dict(zip(NAMES, values, strict=True))
+    values = (_item_age(table.item[order], position, table.num_items), *_pace(table.user[order], position))
+    return dict(zip(PACE_NAMES, values, strict=True))
 
 
-def _late_start(times: np.ndarray, quantile: float) -> int:
-    """Return where the late part starts, never between equal times; both parts have at least one row."""
-    cut = times[int(quantile * (len(times) - 1))]
-    start = int(np.searchsorted(times, cut, side="right"))
-    return start if start < len(times) else int(np.searchsorted(times, cut, side="left"))
-
-
-def _drift(items: np.ndarray, start: int, num_items: int, seed: int) -> tuple[float, float, float]:
-    early = np.bincount(items[:start], minlength=num_items)
-    late = np.bincount(items[start:], minlength=num_items)
-    # Halves of few interactions differ by chance alone: the same split at random says by how much.
-    chance = np.random.default_rng([seed, 2]).permutation(len(items)) < start
-    by_chance = np.bincount(items[chance], minlength=num_items)
-    distance = jensen_shannon_distance(early, late)
-    excess = distance - jensen_shannon_distance(by_chance, early + late - by_chance)
-    return distance, excess, rank_correlation(early, late)
+def newcomer_share(late: np.ndarray, counts: np.ndarray) -> float:
+    """Share of the late interactions whose user (or item) has no earlier one, from late and all counts of each."""
+    return float(late[late == counts].sum() / late.sum())
 
 
 def jensen_shannon_distance(first: np.ndarray, second: np.ndarray) -> float:
@@ -91,66 +94,33 @@ def _centred_ranks(counts: np.ndarray) -> np.ndarray:
     return rank_of_count[counts] - (len(counts) + 1) / 2
 
 
-def _trajectory(items: np.ndarray, position: np.ndarray, late: int, num_items: int) -> tuple[float, float, float]:
-    """Return the share of late interactions with items born late, the median age of items used, and the trend."""
+def _item_age(items: np.ndarray, position: np.ndarray, num_items: int) -> float:
+    """Median time between the first use of an item and each of its uses, as a share of the span."""
     first_row = np.empty(num_items, dtype=np.int64)
     first_row[items[::-1]] = np.arange(len(items) - 1, -1, -1)
-    born_late = first_row[items[late:]] >= late
-    ages = position - position[first_row[items]]
-    return float(np.mean(born_late)), float(np.median(ages)), float(2.0 * np.mean(position) - 1.0)
+    return float(np.median(position - position[first_row[items]]))
 
 
-def _newcomer_rate(codes: np.ndarray, late: int, size: int) -> float:
-    known = np.zeros(size, dtype=bool)
-    known[codes[:late]] = True
-    return float(np.mean(~known[codes[late:]]))
+def _pace(users: np.ndarray, position: np.ndarray) -> tuple[float, float]:
+    """Return log median gap and burstiness (s - m) / (s + m) of gaps (Goh and Barabási 2008).
 
-
-def _pace(users: np.ndarray, position: np.ndarray) -> tuple[float, float, float]:
-    """Return log median gap, burstiness (s - m) / (s + m) of gaps (Goh and Barabási 2008), and share of short lives.
-
-    Gaps lie between successive interactions of one user, as shares of the span. A life is short below 5 % of the
-    span; only users with two interactions or more have one.
+    Gaps lie between successive interactions of one user, as shares of the span.
     """
     # One sort of packed keys is several times faster than a lexsort.
     keys = np.sort(users.astype(np.int64) * len(users) + np.arange(len(users)))
     users, rows = np.divmod(keys, len(keys))
-    when = position[rows]
-    same = users[1:] == users[:-1]
-    gaps = np.diff(when)[same]
+    gaps = np.diff(position[rows])[users[1:] == users[:-1]]
     if len(gaps) == 0:
-        return math.nan, math.nan, math.nan
+        return math.nan, math.nan
     mean, deviation = float(gaps.mean()), float(gaps.std())
-    first = np.flatnonzero(np.concatenate([[True], ~same]))
-    last = np.flatnonzero(np.concatenate([~same, [True]]))
-    lives = (when[last] - when[first])[last > first]
-    return (
-        math.log(float(np.median(gaps)) + _GAP_FLOOR),
-        (deviation - mean) / (deviation + mean) if mean > 0 else math.nan,
-        float(np.mean(lives < 0.05)),
-    )
+    burstiness = (deviation - mean) / (deviation + mean) if mean > 0 else math.nan
+    return math.log(float(np.median(gaps)) + _GAP_FLOOR), burstiness
 
 
-def season_strength(times: np.ndarray, *, period: float, bins: int) -> float:
-    """Length of the mean vector of the times on a circle of one period, from a histogram; 0 even, 1 all at once.
-
-    Args:
-      times: [N] ascending, seconds; numbers beyond the year 5000 are taken as milli-, micro- or nanoseconds.
-      period: seconds.
-      bins: bins of the histogram in one period.
-
-    Returns:
-      The strength in [0, 1]; NaN if the span is below two periods or the times are no finer than a period.
-    """
-    scale = 1.0
-    while times[-1] * scale > 1e11:
-        scale /= 1000.0
-    phases = times * (scale / period)
-    if phases[-1] - phases[0] < 2:
+def season_strength(histogram: np.ndarray | None) -> float:
+    """Length of the mean vector of the times on a circle of one period: 0 even, 1 all at once; NaN without times."""
+    if histogram is None:
         return math.nan
-    phases -= np.floor(phases)
-    if phases.min() == phases.max():
-        return math.nan
-    shares = np.bincount((phases * bins).astype(np.int64), minlength=bins) / len(times)
-    angles = 2 * np.pi * np.arange(len(shares)) / bins
+    shares = histogram / histogram.sum()
+    angles = 2 * np.pi * np.arange(len(shares)) / len(shares)
     return math.hypot(float(np.dot(shares, np.cos(angles))), float(np.dot(shares, np.sin(angles))))
