@@ -8,14 +8,17 @@ Shape legend: K candidate, S start value, M episode.
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.meta_training.rollout import PolicyParams, Prior
-from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, make_chunk, relative_scores
+from metalearn.meta_training.runner import CHUNK, RolloutRunner, concatenate, make_chunk, relative_scores
 
 RATE_FACTORS = (1 / 3, 1.0, 3.0)
 DECAY_FACTORS = (1 / 4, 1 / 2, 1.0, 2.0, 4.0)
@@ -89,31 +92,38 @@ def choose_release_base(
     padded = (list(tasks) * CHUNK)[: -(-len(tasks) // CHUNK) * CHUNK]
     seeds = np.random.default_rng([seed, 21]).integers(2**31, size=len(padded))
 
-    def chunks(start: np.ndarray | None) -> list[Chunk]:
-        return [
+    def score(runner: RolloutRunner, candidate: np.ndarray, act: bool) -> np.ndarray:
+        base = np.array(prior.base, np.float32)
+        base[told] = candidate
+        chunks = [
             make_chunk(
                 pool,
                 num_steps,
                 task=padded[first : first + CHUNK],
                 initialization=seeds[first : first + CHUNK],
                 horizon_told=horizon_told,
-                start=start,
+                start=None if act else candidate,
                 num_start=len(CONTROLLED),
             )
             for first in range(0, len(padded), CHUNK)
         ]
-
-    def score(prior: Prior, start: np.ndarray | None, act: bool) -> np.ndarray:
-        episodes: Any = runner.run(chunks(start), params, prior, act=act, label="release base")
+        episodes: Any = runner.run(chunks, params, prior._replace(base=base), act=act)
         return relative_scores(concatenate(episodes))[: len(tasks)]
 
-    fixed, controlled = [], []
-    for candidate in candidates:
-        base = np.array(prior.base, np.float32)
-        base[told] = candidate
-        moved = prior._replace(base=base)
-        fixed.append(score(moved, candidate, False))
-        controlled.append(score(moved, None, True))
+    # A candidate is one chunk, which keeps one device busy: so every device gets candidates of its own.
+    free: queue.SimpleQueue[RolloutRunner] = queue.SimpleQueue()
+    for device in runner.devices:
+        free.put(RolloutRunner(runner.pools, runner.config, [device]))
+
+    def both(candidate: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mine = free.get()
+        scores = score(mine, candidate, False), score(mine, candidate, True)
+        free.put(mine)
+        return scores
+
+    with ThreadPoolExecutor(len(runner.devices)) as threads:
+        results = list(tqdm(threads.map(both, candidates), total=len(candidates), desc="base", disable=None))
+    fixed, controlled = zip(*results, strict=True)
     return BaseChoice(candidates, np.stack(fixed), np.stack(controlled))
 
 
