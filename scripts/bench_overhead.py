@@ -41,6 +41,7 @@ from envs.recommenders import MatrixFactorization, TripleSampler
 from envs.recommenders.training import TrainingSettings
 from metalearn.errors import MetalearnError
 from metalearn.torch import MetaScheduler
+from provenance import provenance
 
 TURN = 10
 """Steps that a run takes before it is the other's turn."""
@@ -225,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer runs")
     parser.add_argument("--controller", type=Path, help="a checkpoint instead of the one that ships")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     arguments = parser.parse_args()
 
@@ -261,7 +263,11 @@ def main() -> None:
         f"a decision every {interval} steps takes {record['decision_p50_us']:.0f} us (p99 "
         f"{record['decision_p99_us']:.0f}); {record['host_syncs_per_step']:g} host syncs a step between decisions"
     )
-    print(json.dumps({name: round(value, 4) for name, value in record.items()}))
+    figures = {name: round(value, 4) for name, value in record.items()}
+    if arguments.output is not None:
+        about = provenance(seeds=[seeds[0], seeds[-1]], threads=arguments.threads)
+        arguments.output.write_text(json.dumps({**figures, "provenance": about}, indent=1) + "\n")
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -18,23 +18,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
 import metalearn
+from provenance import provenance
 
 SIZES = {"100k": 10**5, "1m": 10**6, "10m": 10**7, "100m": 10**8}
 REPEATS = {"100k": 3, "1m": 3, "10m": 1, "100m": 1}
@@ -87,20 +84,6 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     return {"rows": SIZES[name], "file_mb": megabytes, **min(runs, key=lambda run: run["seconds"])}
 
 
-def provenance() -> dict[str, Any]:
-    """Returns what a reader needs to judge the figures."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or "unknown",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end",
-        "metalearn": metalearn.__version__,
-        "seed": SEED,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="100 000 and a million rows only")
@@ -127,7 +110,9 @@ def main() -> None:
     record |= {"slope": float(np.polyfit(rows, seconds, 1)[0]), "cpu_slope": float(np.polyfit(rows, cpu, 1)[0])}
     record = {name: round(value, 4) for name, value in record.items()}
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps({**record, "runs": runs, "provenance": provenance()}, indent=1) + "\n")
+        arguments.output.write_text(
+            json.dumps({**record, "runs": runs, "provenance": provenance(seed=SEED)}, indent=1) + "\n"
+        )
     print(json.dumps(record))
 
 

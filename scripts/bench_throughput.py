@@ -3,14 +3,14 @@
     python scripts/bench_throughput.py           # about 10 minutes on 2 cores
     python scripts/bench_throughput.py --quick   # under a minute: small tasks only
 
-The same work on both sides: the same domain, sizes, batch, dropout and AdamW; on the JAX side an interval with its probe
-and one validation of 64 users is included, on the PyTorch side there is none. The two take turns of a fraction of a
-second, and the ratio of neighbouring turns is what counts: interquartile mean and a bootstrap interval over turns.
+The same work on both sides: the same domain, sizes, batch, dropout and AdamW; on the JAX side an interval with its
+probe and one validation of 64 users is included, on the PyTorch side there is none. The two take turns of a fraction of
+a second, and the ratio of neighbouring turns is what counts: interquartile mean and a bootstrap interval over turns.
 
-On one core both have one thread. On two, the JAX side trains one task on each of two (forced host) devices, the PyTorch side
-runs two processes. On an accelerator the JAX side trains a batch of tasks side by side. `limit` is the share of this
-machine's measured memory bandwidth or matrix-product rate, whichever is nearer, that the JAX side's arithmetic reaches
-by XLA's own count. The last line is JSON.
+On one core both have one thread. On two, the JAX side trains one task on each of two (forced host) devices, the PyTorch
+side runs two processes. On an accelerator the JAX side trains a batch of tasks side by side. `limit` is the share of
+this machine's measured memory bandwidth or matrix-product rate, whichever is nearer, that the JAX side reaches by XLA's
+own count of a step's operations and bytes; above 1 means that caches serve most of it. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -47,6 +46,7 @@ from metalearn.controller.actions import Values
 from metalearn.errors import MetalearnError
 from metalearn.interactions import Interactions
 from metalearn.meta_training.environment import Plan
+from provenance import provenance
 
 SIZES = {
     "small": {"users": 256, "items": 192, "interactions": 6_144, "dim": 8, "batch": 64},
@@ -273,22 +273,10 @@ def main() -> None:
     print("targets on one core: " + ", ".join(f"{size} {ratio:g}" for size, ratio in TARGETS.items()))
     figures = {name: round(value, 4) for name, value in record.items()}
     if arguments.output is not None:
-        about = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.default_backend()}",
-            "date": time.strftime("%Y-%m-%d"),
-            "commit": commit(),
-            "targets": TARGETS,
-        }
-        arguments.output.write_text(json.dumps({**about, "figures": figures}, indent=1) + "\n")
+        arguments.output.write_text(
+            json.dumps({"figures": figures, "targets": TARGETS, "provenance": provenance(seed=0)}, indent=1) + "\n"
+        )
     print(json.dumps(figures))
-
-
-def commit() -> str:
-    """Returns the commit that runs, "unknown" outside a checkout."""
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return result.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

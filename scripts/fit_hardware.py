@@ -11,11 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,7 @@ from tqdm import tqdm
 
 from envs.hardware import HardwareModel, StepMeasurement, fit_hardware, measure_steps, relative_errors
 from metalearn.errors import MetalearnError
+from provenance import provenance
 
 QUICK = {"entities": (1_000, 8_000, 32_000), "dims": (8, 16, 64), "batch_sizes": (64, 512, 2_048)}
 FULL = {
@@ -66,20 +63,12 @@ def describe(model: HardwareModel, fitted: list[StepMeasurement], held_out: list
 
 def write(path: Path, model: HardwareModel, figures: dict[str, Any], rows: list[StepMeasurement], seed: int) -> None:
     """Writes figures, coefficients, measurements, and where they are from."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     record = {
         **figures,
         "costs": {precision: cost._asdict() for precision, cost in model.costs.items()},
         "power": model.power,
         "device": model.device,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the end",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "seed": seed,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
+        "provenance": provenance(threads=torch.get_num_threads(), seed=seed),
         "measurements": [{**row.workload._asdict(), "seconds": row.seconds, "memory": row.memory} for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

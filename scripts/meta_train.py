@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -37,6 +36,7 @@ from metalearn.interactions import Interactions
 from metalearn.meta_training.loop import MetaTrainConfig, meta_train
 from metalearn.meta_training.model_card import write_model_card
 from metalearn.tracking import Tracker
+from provenance import commit
 
 PRESETS = {
     "smoke": (
@@ -56,14 +56,6 @@ PRESETS = {
     "laptop": (MetaTrainConfig(), (SMALL, MIDDLE, LARGE), 4, (40, 30, 12)),
 }
 """Name to settings, sizes, slices of each real domain, simulated domains of each size."""
-
-
-def commit() -> str:
-    """Returns the commit that runs, "unknown" outside a checkout."""
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return result.stdout.strip() or "unknown"
 
 
 EVENTS = EventConfig(

@@ -24,13 +24,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +66,7 @@ from metalearn.meta_training.rollout import Prior
 from metalearn.meta_training.runner import CHUNK, RolloutRunner, concatenate, make_chunk, relative_scores
 from metalearn.meta_training.warm_start import identity_normalizer
 from metalearn.profiles.meta_features import META_FEATURE_NAMES
+from provenance import provenance
 
 BEFORE = SimulatedPrior(
     history=(4.0, 80.0), clusters=(3, 60), hierarchy=(0.0, 0.0), taste_strength=(1.0, 12.0), popularity_std=(0.1, 1.3),
@@ -285,18 +283,6 @@ def summarize(report: Mapping[str, Any]) -> dict[str, Any]:
             names = (f"rank_correlation_{kind}_{role}{end}" for end in ("", "_low", "_high"))
             summary |= dict(zip(names, report["carry_over"][role][kind], strict=True))
     return {name: round(value, 4) for name, value in summary.items()} | {"seconds": report["seconds"]}
-
-
-def provenance() -> dict[str, Any]:
-    """Says where and when this ran."""
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": found.stdout.strip() or "unknown",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-    }
 
 
 def main() -> None:

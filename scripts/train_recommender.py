@@ -15,12 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
-import platform
-import subprocess
 import sys
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +39,7 @@ from metalearn.errors import MetalearnError
 from metalearn.torch import MetaScheduler
 from metalearn.tracking import Tracker
 from metalearn.trials import Measurement, Trial
+from provenance import provenance
 
 ARMS = {
     "default": "AdamW as PyTorch ships it",
@@ -123,21 +120,6 @@ def summarize(results: dict[str, list[TrainingResult]], shares: list[float], flo
     return "\n".join(lines)
 
 
-def provenance(seeds: list[int]) -> dict[str, Any]:
-    """Returns what a reader needs to judge the figures."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or "unknown",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch threads {torch.get_num_threads()}",
-        "torch": torch.__version__,
-        "metalearn": metalearn.__version__,
-        "seeds": seeds,
-    }
-
-
 def open_domain(arguments: argparse.Namespace, output: Path) -> Domain:
     """Loads the bundled domain, or the user's; shows its terms and what is doubtful about it."""
     logging.getLogger("envs.public").setLevel(logging.ERROR)  # what it warns of is in the report below
@@ -195,8 +177,8 @@ def main() -> None:
     epochs = settings.steps * settings.batch_size / len(domain.train)
     print(
         f"{arguments.model} on {domain.name}: {domain.num_users} users, {domain.num_items} items, {len(domain.train)} "
-        f"training interactions, split {domain.split}; {settings.steps} steps of {settings.batch_size} ({epochs:.1f} epochs), "
-        f"{len(seeds)} seeds"
+        f"training interactions, split {domain.split}; {settings.steps} steps of {settings.batch_size} "
+        f"({epochs:.1f} epochs), {len(seeds)} seeds"
     )
 
     results: dict[str, list[TrainingResult]] = {arm: [] for arm in ARMS}
@@ -244,7 +226,7 @@ def main() -> None:
             for arm, runs in results.items()
             for seed, run in zip(seeds, runs, strict=True)
         ],
-        "provenance": provenance(seeds),
+        "provenance": provenance(seeds=seeds, threads=torch.get_num_threads()),
     }
     (output / "results.json").write_text(json.dumps(record, indent=1))
     print(summarize(results, shares, floor[f"ndcg@{settings.k}"], settings.k))

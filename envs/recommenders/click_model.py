@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from envs.domains import Domain
 from envs.recommenders.recommender import Recommender
-from envs.recommenders.sampling import Sampler
+from envs.recommenders.sampling import Sampler, pairs
 from metalearn.interactions import Interactions
 
 _CHUNK_ENTRIES = 1 << 22
@@ -42,10 +42,8 @@ class LabelledSampler(Sampler):
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(len(interactions), batch_size, seed=seed, device=device)
-        self._user, self._item = _pairs(interactions, device)
-        self._exposed = _pairs(exposures, device) if exposures is not None and len(exposures) else None
-        self._num_items = interactions.num_items
+        super().__init__(interactions, batch_size, seed=seed, device=device)
+        self._exposed = pairs(exposures, device) if exposures is not None and len(exposures) else None
 
     def _batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         def draw(high: int) -> torch.Tensor:
@@ -59,13 +57,6 @@ class LabelledSampler(Sampler):
         label = torch.zeros(2 * len(rows), device=self._device)
         label[: len(rows)] = 1.0
         return torch.cat([self._user[rows], negative[0]]), torch.cat([self._item[rows], negative[1]]), label
-
-
-def _pairs(interactions: Interactions, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        torch.as_tensor(interactions.user, dtype=torch.int64, device=device),
-        torch.as_tensor(interactions.item, dtype=torch.int64, device=device),
-    )
 
 
 class ClickModel(Recommender):

@@ -18,23 +18,29 @@ class Sampler(ABC):
     the same batches.
 
     Args:
-      num_rows: rows of an epoch.
+      interactions: training positives, the rows of an epoch.
       batch_size: rows per batch.
       seed: of order and draws.
       device: where batches are wanted.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, *, seed: int, device: torch.device | str = "cpu") -> None:
-        if batch_size < 1 or batch_size > num_rows:
-            raise InvalidArgumentError(f"`batch_size` must be in [1, {num_rows}], the rows, got {batch_size}")
-        self._num_rows, self._batch_size, self._device = num_rows, batch_size, device
+    def __init__(
+        self, interactions: Interactions, batch_size: int, *, seed: int, device: torch.device | str = "cpu"
+    ) -> None:
+        if batch_size < 1 or batch_size > len(interactions):
+            raise InvalidArgumentError(
+                f"`batch_size` must be in [1, {len(interactions)}], the interactions, got {batch_size}"
+            )
+        self._batch_size, self._device = batch_size, device
+        self._user, self._item = pairs(interactions, device)
+        self._num_items = interactions.num_items
         self._generator = torch.Generator(device).manual_seed(seed)
         self._order = torch.empty(0, dtype=torch.int64, device=device)
 
     def next(self) -> tuple[torch.Tensor, ...]:
         """Returns the next batch."""
         if len(self._order) < self._batch_size:
-            fresh = torch.randperm(self._num_rows, generator=self._generator, device=self._device)
+            fresh = torch.randperm(len(self._user), generator=self._generator, device=self._device)
             self._order = torch.cat([self._order, fresh])
         rows, self._order = self._order[: self._batch_size], self._order[self._batch_size :]
         return self._batch(rows)
@@ -53,21 +59,16 @@ class Sampler(ABC):
         self._generator.set_state(state["generator"])
 
 
+def pairs(interactions: Interactions, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns users and items, two int64 [N]."""
+    return (
+        torch.as_tensor(interactions.user, dtype=torch.int64, device=device),
+        torch.as_tensor(interactions.item, dtype=torch.int64, device=device),
+    )
+
+
 class TripleSampler(Sampler):
-    """Draws (user, positive, negative) batches, three int64 [B]; negatives uniformly.
-
-    Args:
-      interactions: training positives.
-      batch_size, seed, device: as in `Sampler`.
-    """
-
-    def __init__(
-        self, interactions: Interactions, batch_size: int, *, seed: int, device: torch.device | str = "cpu"
-    ) -> None:
-        super().__init__(len(interactions), batch_size, seed=seed, device=device)
-        self._user = torch.as_tensor(interactions.user, dtype=torch.int64, device=device)
-        self._item = torch.as_tensor(interactions.item, dtype=torch.int64, device=device)
-        self._num_items = interactions.num_items
+    """Draws (user, positive, negative) batches, three int64 [B]; negatives uniformly."""
 
     def _batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         negative = torch.randint(self._num_items, (len(rows),), generator=self._generator, device=self._device)

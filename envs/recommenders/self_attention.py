@@ -174,10 +174,8 @@ class SequenceSampler(Sampler):
         seed: int,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__(len(interactions), batch_size, seed=seed, device=device)
-        self._user = torch.as_tensor(interactions.user, dtype=torch.int64, device=device)
+        super().__init__(interactions, batch_size, seed=seed, device=device)
         self._history = history.to(device)
-        self._num_items = interactions.num_items
 
     def _batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         shape = len(rows), self._history.shape[1] - 1

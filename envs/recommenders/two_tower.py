@@ -27,16 +27,13 @@ class PositiveSampler(Sampler):
     """Draws (user, item, log share) batches, two int64 [B] and float32 [B]; the share is the item's of all rows.
 
     Args:
-      interactions: training positives.
-      batch_size, seed, device: as in `Sampler`.
+      interactions, batch_size, seed, device: as in `Sampler`.
     """
 
     def __init__(
         self, interactions: Interactions, batch_size: int, *, seed: int, device: torch.device | str = "cpu"
     ) -> None:
-        super().__init__(len(interactions), batch_size, seed=seed, device=device)
-        self._user = torch.as_tensor(interactions.user, dtype=torch.int64, device=device)
-        self._item = torch.as_tensor(interactions.item, dtype=torch.int64, device=device)
+        super().__init__(interactions, batch_size, seed=seed, device=device)
         counts = torch.bincount(self._item, minlength=interactions.num_items).float()
         self._log_share = torch.log(counts / len(interactions))
 
