@@ -25,6 +25,7 @@ class MatrixFactorization(Recommender):
       num_users, num_items: rows of the tables.
       dim: D.
       dropout: share of p_u's entries dropped in training.
+      sparse: whether the tables get sparse gradients (for SparseAdam, say).
       generator: of the initial weights, Xavier's normal rule.
     """
 
@@ -37,12 +38,13 @@ class MatrixFactorization(Recommender):
         dim: int = 32,
         *,
         dropout: float = 0.0,
+        sparse: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        self.user = nn.Embedding(num_users, dim)
-        self.item = nn.Embedding(num_items, dim)
-        self.bias = nn.Embedding(num_items, 1)
+        self.user = nn.Embedding(num_users, dim, sparse=sparse)
+        self.item = nn.Embedding(num_items, dim, sparse=sparse)
+        self.bias = nn.Embedding(num_items, 1, sparse=sparse)
         self.dropout = nn.Dropout(dropout)
         nn.init.xavier_normal_(self.user.weight, generator=generator)
         nn.init.xavier_normal_(self.item.weight, generator=generator)

@@ -14,6 +14,7 @@ from envs.learners.learner import probe_sums, xavier_normal
 from envs.learners.matrix_factorization import MatrixFactorization
 from envs.learners.ranking import ndcg
 from envs.recommenders import RECOMMENDERS, Evaluator
+from envs.recommenders import MatrixFactorization as TorchMatrixFactorization
 from envs.vectorized import Bucket
 from metalearn.controller.config import ROLES
 from metalearn.errors import InvalidArgumentError
@@ -142,3 +143,28 @@ def test_the_jax_metric_is_that_of_the_evaluator(domain):
     scores = model.score(torch.from_numpy(evaluation.users).long()).numpy()
     mine = ndcg(jnp.asarray(scores), jnp.asarray(targets), jnp.asarray(seen))
     assert float(mine) == pytest.approx(Evaluator(domain, "test")(model).mean_ndcg, abs=1e-6)
+
+
+def test_matrix_factorization_is_captured_whole_and_runs_in_mixed_precision(domain):
+    learner, data, _, model = make_twins("matrix_factorization", domain, seed=4)
+    _, tensors = draw(learner, data, jax.random.key(0))
+    plain = model(*tensors)
+    captured = torch.compile(model, fullgraph=True, backend="aot_eager")(*tensors)
+    torch.testing.assert_close(captured, plain)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model(*tensors)
+    assert torch.isfinite(mixed)
+    assert mixed.item() == pytest.approx(plain.item(), rel=0.05)
+
+
+def test_sparse_gradients_are_those_of_the_dense_tables(domain):
+    dense, sparse = (
+        TorchMatrixFactorization(domain.num_users, domain.num_items, DIM, sparse=flag) for flag in (False, True)
+    )
+    sparse.load_state_dict(dense.state_dict())
+    batch = dense.sampler(domain, BATCH, seed=0).next()
+    for model in (dense, sparse):
+        model(*batch).backward()
+    assert sparse.user.weight.grad.is_sparse and sparse.bias.weight.grad.is_sparse
+    for mine, other in zip(sparse.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.to_dense(), other.grad)
