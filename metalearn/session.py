@@ -141,7 +141,9 @@ class Session:
 
     def multiplier(self, step: int) -> float:
         """Returns the base schedule's factor on the learning rate at a step; past the horizon that of its last step."""
-        return self.multipliers(step, 1)[0]
+        if self.horizon is None:
+            return 1.0
+        return 0.5 * (1.0 + math.cos(math.pi * min(max(step, 0), self.horizon - 1) / self.horizon))
 
     def multipliers(self, first: int, count: int) -> list[float]:
         """Returns `multiplier` of `count` steps from `first` on."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from types import ModuleType
 from typing import Any, Literal
 
@@ -87,6 +88,11 @@ class Hyperparameter:
             return xp.log(value) - xp.log1p(-value)
         return value
 
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        """The bounds on the scale."""
+        return float(self._forward(self.low, np)), float(self._forward(self.high, np))
+
     def _inverse(self, value: Any, xp: ModuleType) -> Any:
         if self.scale == "log":
             return xp.exp(value)
@@ -110,7 +116,7 @@ class Hyperparameter:
             return (self.choices.index(value) + 0.5) / len(self.choices)
         if xp is np and np.isnan(value).any():
             raise InvalidArgumentError(f"{self.name} must be a number in [{self.low}, {self.high}], got {value!r}")
-        low, high = (float(self._forward(bound, np)) for bound in (self.low, self.high))
+        low, high = self._ends
         unit = (self._forward(xp.clip(value, self.low, self.high), xp) - low) / (high - low)
         return float(unit) if xp is np and np.ndim(unit) == 0 else unit
 
@@ -118,13 +124,14 @@ class Hyperparameter:
         """Maps the unit interval back to a value, clipped to the bounds; for `choice` to the nearest choice."""
         if self.scale == "choice":
             return self.choices[int(np.clip(float(unit) * len(self.choices), 0, len(self.choices) - 1))]
-        low, high = (float(self._forward(bound, np)) for bound in (self.low, self.high))
-        value = xp.clip(self._inverse(low + xp.clip(unit, 0.0, 1.0) * (high - low), xp), self.low, self.high)
+        low, high = self._ends
+        value = self._inverse(low + xp.minimum(xp.maximum(unit, 0.0), 1.0) * (high - low), xp)
+        value = xp.minimum(xp.maximum(value, self.low), self.high)
         return float(f"{float(value):.12g}") if xp is np and np.ndim(value) == 0 else value
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON-ready values."""
-        return {**self.__dict__, "choices": list(self.choices)}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"choices": list(self.choices)}
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def schedule_multiplier(progress: Any, xp: ModuleType) -> Any:
     >>> float(schedule_multiplier(np.array(0.5), np)), float(schedule_multiplier(np.array(float("nan")), np))
     (0.5, 1.0)
     """
-    cosine = 0.5 * (1.0 + xp.cos(xp.clip(progress, 0.0, 1.0) * np.pi))
+    cosine = 0.5 * (1.0 + xp.cos(xp.minimum(xp.maximum(progress, 0.0), 1.0) * np.pi))
     return xp.where(xp.isfinite(progress), cosine, 1.0)
 
 
@@ -108,13 +108,11 @@ def move(
     steps = xp.asarray([h.max_step for h in config.space], dtype)
     low, high = trust_region(config, xp, dtype)
     split = len(GROUP_CONTROLLED)
+    group = position.group_residual + steps[:split] * xp.tanh(group_action) * trust
+    run = position.global_residual + steps[split:] * xp.tanh(global_action) * trust
     return position._replace(
-        group_residual=xp.clip(
-            position.group_residual + steps[:split] * xp.tanh(group_action) * trust, low[:split], high[:split]
-        ),
-        global_residual=xp.clip(
-            position.global_residual + steps[split:] * xp.tanh(global_action) * trust, low[split:], high[split:]
-        ),
+        group_residual=xp.minimum(xp.maximum(group, low[:split]), high[:split]),
+        global_residual=xp.minimum(xp.maximum(run, low[split:]), high[split:]),
     )
 
 

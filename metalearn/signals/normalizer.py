@@ -49,10 +49,10 @@ def percentile_scale(values: Any, knots: Any, xp: ModuleType) -> Any:
     [0.0, 1.0, 1.6, 0.0]
     """
     low, high = knots[:, :-1], knots[:, 1:]
-    inside = xp.clip((values[..., None] - low) / (high - low), 0.0, 1.0)
+    inside = xp.minimum(xp.maximum((values[..., None] - low) / (high - low), 0.0), 1.0)
     span = knots[:, -1] - knots[:, 0]
-    above = xp.clip((values - knots[:, -1]) / span, 0.0, TAIL)
-    below = xp.clip((knots[:, 0] - values) / span, 0.0, TAIL)
+    above = xp.minimum(xp.maximum((values - knots[:, -1]) / span, 0.0), TAIL)
+    below = xp.minimum(xp.maximum((knots[:, 0] - values) / span, 0.0), TAIL)
     scaled = -1.0 + inside.sum(-1) * (2.0 / (knots.shape[1] - 1)) + above - below
     return xp.where(xp.isfinite(values), scaled, 0.0)
 

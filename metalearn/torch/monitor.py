@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ import torch
 from metalearn.errors import InvalidArgumentError
 from metalearn.signals import IntervalStatistics, ProbeSums, interval_statistics
 
-MAX_PROBED = 2**16
+MAX_PROBED = 2**14
 """Elements of a group that a probe looks at; of larger groups evenly strided rows. Every feature is a ratio, so it does
 not matter that norms are of a sample."""
 HOST_DEVICES = ("cpu",)
@@ -24,109 +24,137 @@ RING = 64
 """Losses that are kept one by one before they are moved on together."""
 
 
-class _GroupSample:
-    """Measures the same sample of a group's weights and gradients every time, in buffers made once, float32 [n]."""
+class _Sample:
+    """Measures the same sample of every group's weights and gradients, in buffers made once, float32 [G, n].
 
-    def __init__(self, params: Sequence[torch.Tensor]) -> None:
-        self.params = [p for p in params if p.requires_grad]
-        self._stride = max(1, -(-sum(p.numel() for p in self.params) // MAX_PROBED))
-        self.device = self.params[0].device if self.params else torch.device("cpu")
-        sizes = [self._rows(p).numel() for p in self.params]
-        self._buffers = {
-            name: torch.zeros(sum(sizes), device=self.device)
-            for name in ("weights", "gradient", "next_weights", "next_gradient", "anchor")
+    A probe is a handful of operations on one tensor for all groups: on a small model calls cost more than numbers.
+
+    Args:
+      groups: the parameters of each.
+      device: where the buffers are.
+    """
+
+    ROWS: ClassVar[tuple[str, ...]] = (
+        "update",
+        "displacement",
+        "difference",
+        "next_weights",
+        "next_gradient",
+        "gradient",
+    )
+    """First axis of the buffer; `update` holds the weights before the first step until the second."""
+
+    def __init__(self, groups: Sequence[Sequence[torch.Tensor]], device: torch.device) -> None:
+        self._groups = [[p for p in params if p.requires_grad] for params in groups]
+        self._strides = [max(1, -(-sum(p.numel() for p in params) // MAX_PROBED)) for params in self._groups]
+        sizes = [[self._rows(p, g).numel() for p in params] for g, params in enumerate(self._groups)]
+        longest = max(sum(row) for row in sizes)
+        self._all = torch.zeros(len(self.ROWS), len(self._groups), longest, device=device)
+        self._at = dict(zip(self.ROWS, self._all.unbind(), strict=True))
+        self._parts = {
+            name: [list(row[: sum(size)].split(size)) for row, size in zip(buffer, sizes, strict=True)]
+            for name, buffer in self._at.items()
         }
-        self._views = {name: buffer.split(sizes) for name, buffer in self._buffers.items()}
-        self.has_gradient = self.has_anchor = False
+        self._anchor = torch.zeros_like(self._at["update"])
+        self._has_anchor = False
+        self._num_rows = [0] * len(self._groups)
+        """sampled rows of matrices with a gradient, at the last probe"""
 
-    def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor[:: self._stride] if tensor.ndim else tensor[None]
+    def _rows(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
+        return tensor[:: self._strides[group]] if tensor.ndim else tensor[None]
 
-    def _copy(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        rows = [self._rows(tensor).reshape(-1) for tensor in tensors]
-        torch._foreach_copy_(self._views[name], rows)  # pyright: ignore[reportPrivateImportUsage]
+    def _copy(self, name: str, groups: Sequence[Sequence[torch.Tensor] | None]) -> None:
+        """Copies the sample of each group's tensors; a group without any becomes NaN."""
+        into, values = [], []
+        for index, tensors in enumerate(groups):
+            if tensors is None:
+                self._at[name][index].fill_(torch.nan)
+            else:
+                into += self._parts[name][index]
+                values += [self._rows(tensor, index).reshape(-1) for tensor in tensors]
+        if into:
+            torch._foreach_copy_(into, values)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _copy_gradients(self, name: str) -> bool:
-        """Copies the sampled gradients, if there are any; sparse ones count as none, and stay sparse."""
-        gradients = [p.grad for p in self.params]
+    @staticmethod
+    def _gradients(params: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
+        """Returns a group's gradients, None if it has none; sparse ones count as none, and stay sparse."""
+        gradients = [p.grad for p in params]
         if all(g is None for g in gradients) or any(g is not None and g.layout != torch.strided for g in gradients):
-            return False
-        pairs = zip(gradients, self.params, strict=True)
-        self._copy(name, [torch.zeros_like(p) if g is None else g for g, p in pairs])
-        return True
+            return None
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, params, strict=True)]
 
     def first(self) -> None:
         """Copies weights and gradients before the first step of a probe."""
-        if self.params:
-            self._copy("weights", self.params)
-            self.has_gradient = self._copy_gradients("gradient")
+        self._copy("update", self._groups)
+        self._copy("gradient", [self._gradients(params) for params in self._groups])
 
     def second(self) -> torch.Tensor:
-        """Returns the `ProbeSums` before the second step of a probe, [9]; NaN where there is nothing to measure."""
-        missing = torch.full((), torch.nan, device=self.device)
-        sums = ProbeSums(*[missing] * len(ProbeSums._fields))
-        if self.params:
-            self._copy("next_weights", self.params)
-            sums = self._sums_of_weights(sums)
-            if self._copy_gradients("next_gradient") and self.has_gradient:
-                sums = self._sums_of_gradients(sums)
-            buffers, views = self._buffers, self._views
-            buffers["anchor"], buffers["next_weights"] = buffers["next_weights"], buffers["anchor"]
-            views["anchor"], views["next_weights"] = views["next_weights"], views["anchor"]
-            self.has_anchor = True
-        return torch.stack([value.float() for value in sums])
-
-    def _sums_of_weights(self, sums: ProbeSums) -> ProbeSums:
-        before, after, anchor = (self._buffers[name] for name in ("weights", "next_weights", "anchor"))
-        update = torch.sub(after, before, out=before)
-        touched, rows = self._touched(sums.rows_touched)
-        sums = sums._replace(
-            update_square=torch.dot(update, update),
-            weight_square=torch.dot(after, after),
-            rows_touched=touched,
-            rows=torch.full((), float(max(rows, 1)), device=self.device),
+        """Returns, before the second step of a probe, what `probe_sums` makes sums of: [9, G], NaN if not measured."""
+        at = self._at
+        self._copy("next_weights", self._groups)
+        self._copy("next_gradient", [self._gradients(params) for params in self._groups])
+        torch.sub(at["next_weights"], at["update"], out=at["update"])
+        torch.sub(at["next_gradient"], at["gradient"], out=at["difference"])
+        if self._has_anchor:
+            torch.sub(at["next_weights"], self._anchor, out=at["displacement"])
+        else:
+            at["displacement"].fill_(torch.nan)
+        self._anchor.copy_(at["next_weights"])
+        self._has_anchor = True
+        dots = (
+            torch.linalg.vecdot(at["gradient"], at["next_gradient"]),
+            torch.linalg.vecdot(at["difference"], at["update"]),
+            torch.stack([self._count_touched(index) for index in range(len(self._groups))]),
         )
-        if not self.has_anchor:
-            return sums
-        moved = torch.sub(after, anchor, out=anchor)
-        return sums._replace(displacement_square=torch.dot(moved, moved))
+        return torch.cat([torch.linalg.vector_norm(self._all, dim=2), torch.stack(dots)])
 
-    def _sums_of_gradients(self, sums: ProbeSums) -> ProbeSums:
-        gradient, after, update = (self._buffers[name] for name in ("gradient", "next_gradient", "weights"))
-        return sums._replace(
-            gradient_square=torch.dot(gradient, gradient),
-            next_gradient_square=torch.dot(after, after),
-            gradient_dot=torch.dot(gradient, after),
-            curvature_dot=torch.dot(torch.sub(after, gradient, out=gradient), update),
-        )
-
-    def _touched(self, missing: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Returns how many sampled rows of matrices have a gradient, and how many there are.
-
-        A matrix of one column holds biases and does not count.
-        """
-        count, rows = missing, 0
-        for p in self.params:
+    def _count_touched(self, group: int) -> torch.Tensor:
+        """Counts sampled rows of matrices whose gradient is not zero; a matrix of one column holds biases."""
+        counts, self._num_rows[group] = [], 0
+        for p in self._groups[group]:
             if p.ndim > 1 and p.numel() > len(p) and p.grad is not None and p.grad.layout == torch.strided:
-                sample = self._rows(p.grad).flatten(1)
-                nonzero = (sample.abs().amax(1) != 0).sum()  # several times faster than any(1) of booleans
-                count, rows = count + nonzero if rows else nonzero, rows + len(sample)
-        return count, rows
+                largest = self._rows(p.grad, group).flatten(1).abs().amax(1)  # ten times faster than the maximum norm
+                counts.append(torch.count_nonzero(largest).to(self._anchor))
+                self._num_rows[group] += len(largest)
+        return sum(counts[1:], counts[0]) if counts else torch.zeros_like(self._anchor[0, 0])
+
+    def probe_sums(self, measured: np.ndarray) -> ProbeSums:
+        """Turns what `second` returned, once it is on the host, into sums."""
+        update, displacement, _, weights, next_gradient, gradient = np.square(measured[: len(self.ROWS)])
+        gradient_dot, curvature_dot, touched = measured[len(self.ROWS) :]
+        rows = np.array(self._num_rows, np.float64)
+        sums = ProbeSums(
+            gradient_square=gradient,
+            next_gradient_square=next_gradient,
+            gradient_dot=gradient_dot,
+            update_square=update,
+            weight_square=weights,
+            curvature_dot=curvature_dot,
+            displacement_square=displacement,
+            rows_touched=np.where(rows > 0, touched, np.nan),
+            rows=np.maximum(rows, 1.0),
+        )
+        if all(self._groups):
+            return sums
+        empty = np.array([not params for params in self._groups])
+        return ProbeSums(*(np.where(empty, np.nan, value) for value in sums))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns copies of what is in use: the anchor, and during a probe its first copies."""
         return {
-            "anchor": self._buffers["anchor"].clone() if self.has_anchor else None,
-            "weights": self._buffers["weights"].clone(),
-            "gradient": self._buffers["gradient"].clone() if self.has_gradient else None,
+            "anchor": self._anchor.clone() if self._has_anchor else None,
+            "update": self._at["update"].clone(),
+            "gradient": self._at["gradient"].clone(),
+            "num_rows": list(self._num_rows),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores buffers, by copying."""
-        self.has_anchor, self.has_gradient = state["anchor"] is not None, state["gradient"] is not None
-        for name, tensor in state.items():
-            if tensor is not None:
-                self._buffers[name].copy_(tensor)
+        self._has_anchor, self._num_rows = state["anchor"] is not None, list(state["num_rows"])
+        if self._has_anchor:
+            self._anchor.copy_(state["anchor"])
+        for name in ("update", "gradient"):
+            self._at[name].copy_(state[name])
 
 
 class Monitor:
@@ -142,8 +170,10 @@ class Monitor:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, interval: int) -> None:
-        self._groups = [_GroupSample(group["params"]) for group in optimizer.param_groups]
-        self._device = next((g.device for g in self._groups if g.params), torch.device("cpu"))
+        groups = [group["params"] for group in optimizer.param_groups]
+        self._device = next((p.device for params in groups for p in params), torch.device("cpu"))
+        self._num_groups = len(groups)
+        self._sample = _Sample(groups, self._device)
         self._read: list[float] | None = [] if self._device.type in HOST_DEVICES else None
         """losses of the interval so far, where reading them is no transfer"""
         self._losses = torch.zeros(interval, device=self._device)
@@ -162,11 +192,10 @@ class Monitor:
           remaining: optimizer steps left in the interval, this one included. Above 2 nothing is done.
         """
         if remaining == 2:
-            for group in self._groups:
-                group.first()
+            self._sample.first()
             self._probing = True
         elif remaining == 1 and self._probing:
-            self._sums = torch.stack([group.second().to(self._device) for group in self._groups], dim=1)
+            self._sums = self._sample.second()
             self._probing = False
 
     def record(self, loss: torch.Tensor | float) -> None:
@@ -176,9 +205,13 @@ class Monitor:
           InvalidArgumentError: the loss is not a scalar.
         """
         if self._read is not None:
-            if isinstance(loss, torch.Tensor):
-                loss = loss.item() if loss.numel() == 1 else _scalar(loss).item()
-            self._read.append(loss)
+            try:
+                self._read.append(loss.item())  # type: ignore[union-attr]
+            except AttributeError:
+                self._read.append(float(loss))
+            except RuntimeError:
+                _scalar(loss)
+                raise
             self.steps += 1
             return
         index = self.steps % RING
@@ -201,6 +234,23 @@ class Monitor:
             self._losses[self.steps - rest : self.steps] = self._ring[:rest]
         return self._losses[: self.steps]
 
+    def _to_host(self) -> tuple[np.ndarray, ProbeSums]:
+        """Reads losses, float64 [steps], and the probe's sums; of an accelerator in one transfer."""
+        if self._sums is None:
+            missing = np.full(self._num_groups, np.nan)
+            return self._losses_on_host(), ProbeSums(*[missing] * len(ProbeSums._fields))
+        if self._read is not None:
+            losses, rows = self._losses_on_host(), self._sums.numpy().astype(np.float64)
+        else:
+            host = torch.cat([self._sums.reshape(-1), self._measured()]).cpu().numpy().astype(np.float64)
+            rows, losses = np.split(host, [self._sums.numel()])
+            rows = rows.reshape(-1, self._num_groups)
+        return losses, self._sample.probe_sums(rows)
+
+    def _losses_on_host(self) -> np.ndarray:
+        losses = np.array(self._read, np.float32) if self._read is not None else self._measured().cpu().numpy()
+        return losses.astype(np.float64)
+
     def statistics(self, *, validation: float, batch_size: int | None) -> IntervalStatistics:
         """Reads everything back, in one transfer, and starts the next interval.
 
@@ -208,14 +258,11 @@ class Monitor:
           validation: the metric, higher is better; NaN if there is none.
           batch_size: samples per step, None if unknown.
         """
-        shape = len(ProbeSums._fields), len(self._groups)
-        sums = torch.full(shape, torch.nan, device=self._device) if self._sums is None else self._sums
-        host = torch.cat([sums.reshape(-1), self._measured()]).cpu().numpy().astype(np.float64)
-        losses = host[sums.numel() :]
+        losses, sums = self._to_host()
         now = time.monotonic()
         with np.errstate(all="ignore"):
             result = interval_statistics(
-                ProbeSums(*host[: sums.numel()].reshape(shape)),
+                sums,
                 steps=float(self.steps),
                 loss_sum=losses.sum(),
                 loss_square_sum=np.square(losses).sum(),
@@ -236,7 +283,7 @@ class Monitor:
             "steps": self.steps,
             "losses": self._measured().clone(),
             "probing": self._probing,
-            "groups": [group.state_dict() for group in self._groups],
+            "sample": self._sample.state_dict(),
             "sums": None if self._sums is None else self._sums.clone(),
         }
 
@@ -248,13 +295,12 @@ class Monitor:
             self._read = losses.tolist()
         self._losses[: self.steps] = losses
         self._ring[:rest] = losses[self.steps - rest :]
-        for group, stored in zip(self._groups, state["groups"], strict=True):
-            group.load_state_dict(stored)
+        self._sample.load_state_dict(state["sample"])
         self._sums = None if state["sums"] is None else state["sums"].clone().to(self._device)
         self._began = time.monotonic()
 
 
-def _scalar(loss: torch.Tensor) -> torch.Tensor:
+def _scalar(loss: Any) -> torch.Tensor:
     if loss.numel() != 1:
         raise InvalidArgumentError(f"`loss` must be a scalar, got shape {tuple(loss.shape)}; pass the batch's mean")
     return loss.reshape(())

@@ -17,7 +17,7 @@ from metalearn.controller.decision import Decision
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.profiles import DomainProfile
 from metalearn.torch.averaging import AVERAGE_EVERY, WeightAverage
-from metalearn.torch.bindings import TIMED_EVERY, Bindings, infer_roles
+from metalearn.torch.bindings import Bindings, infer_roles
 from metalearn.torch.monitor import Monitor
 
 MAX_IDLE_CALLS = 1000
@@ -117,11 +117,13 @@ class MetaScheduler:
         self._average = WeightAverage(params) if horizon is None else None
         self._log = DecisionLog(decision_log, name=name) if decision_log is not None else None
         self._recorded_steps = 0
-        self._idle_calls = 0
+        self._idle_calls, self._idle_since = 0, -1
         self._host_seconds = 0.0
         self._validation = math.nan
         self._table: list[float] = []
         self._table_start = -1
+        self.should_validate = False
+        """Whether an interval has just ended: evaluate and `report` now, or it decides at the next step without one."""
         self.decisions: list[Decision] = []
         self._accept(self._session.ask())
         self._bindings.attach(self._before_steps, None if self._average is None else self._update_average)
@@ -148,16 +150,8 @@ class MetaScheduler:
         return dict(self._bindings.masked)
 
     @property
-    def should_validate(self) -> bool:
-        """Whether an interval has just ended: evaluate and `report` now.
-
-        Without a report it decides at the next step.
-        """
-        return self._monitor.steps >= self._interval
-
-    @property
     def host_seconds(self) -> float:
-        """Wall-clock seconds that this object's own code has taken, hooks included; of steps a sample is timed."""
+        """Wall-clock seconds that decisions, probes and hooks have taken; of the hooks a sample is timed."""
         return self._host_seconds + self._bindings.seconds
 
     def multiplier(self, step: int) -> float:
@@ -182,16 +176,13 @@ class MetaScheduler:
         """
         monitor, steps = self._monitor, self._bindings.steps
         if steps == self._recorded_steps:
-            self._count_idle_call()
+            self._count_idle_call(steps)
             return
-        if monitor.steps >= self._interval:
+        if self.should_validate:
             self._decide()
-        timed = not steps % TIMED_EVERY
-        began = perf_counter() if timed else 0.0
         monitor.record(loss)
-        self._recorded_steps, self._idle_calls = steps, 0
-        if timed:
-            self._host_seconds += TIMED_EVERY * (perf_counter() - began)
+        self._recorded_steps = steps
+        self.should_validate = monitor.steps >= self._interval
 
     def report(self, metrics: float | Mapping[str, float]) -> Decision:
         """Takes in validation metrics; at the end of an interval, decides.
@@ -251,6 +242,7 @@ class MetaScheduler:
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._recorded_steps = int(state["recorded_steps"])
+        self.should_validate = self._monitor.steps >= self._interval
         self._validation = float(state["validation"])
         self.decisions = [Decision.from_dict(decision) for decision in state["decisions"]]
         self._bindings.take(self.decision.groups)
@@ -273,8 +265,9 @@ class MetaScheduler:
         if self._average is not None and self._bindings.steps % AVERAGE_EVERY == 0:
             self._average.update()
 
-    def _count_idle_call(self) -> None:
-        self._idle_calls += 1
+    def _count_idle_call(self, steps: int) -> None:
+        self._idle_calls = self._idle_calls + 1 if self._idle_since == steps else 1
+        self._idle_since = steps
         if self._idle_calls >= MAX_IDLE_CALLS:
             raise SessionError(
                 f"scheduler.step() was called {MAX_IDLE_CALLS} times without an optimizer.step() in between; call it "
@@ -288,6 +281,7 @@ class MetaScheduler:
         self._accept(
             self._session.tell(statistics), validation=float(statistics.validation), seconds=statistics.seconds
         )
+        self.should_validate = False
         self._host_seconds += perf_counter() - began
 
     def _accept(self, decision: Decision, **context: Any) -> None:

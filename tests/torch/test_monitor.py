@@ -230,7 +230,7 @@ def test_a_restored_monitor_goes_on_to_the_bit(cut: int):
         for theirs, mine in zip(old["params"], new["params"], strict=True):
             mine.data.copy_(theirs.data)
     go(optimizer, monitor, cut, cut + 1)  # the first run goes on: nothing of its state may be shared
-    for tensor in (state["losses"], *(t for g in state["groups"] for t in g.values() if t is not None)):
+    for tensor in (state["losses"], *(t for t in state["sample"].values() if isinstance(t, torch.Tensor))):
         tensor.fill_(math.nan)
     rows += go(other, restored, cut, 3 * INTERVAL)
     for row, expected in zip(rows, whole, strict=True):
