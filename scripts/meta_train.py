@@ -143,7 +143,7 @@ def main() -> None:
 
         def log(record: dict) -> None:
             record = {"elapsed": round(time.monotonic() - began, 1), **record}
-            tracker.log({key: value for key, value in record.items() if not isinstance(value, str)})
+            tracker.log({key: value for key, value in record.items() if isinstance(value, int | float)})
             with (arguments.output / "log.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
             print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}), flush=True)

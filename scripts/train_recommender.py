@@ -48,10 +48,13 @@ ARMS = {
 }
 
 
-def base_configuration(controller: metalearn.Controller) -> dict[str, float]:
-    """Returns the best fixed configuration known from meta-training, for a known horizon."""
-    base = controller.checkpoint.base[1].tolist()
-    return {name: controller.config.space[name].decode(unit) for name, unit in zip(CONTROLLED, base, strict=True)}
+def best_fixed_configuration(controller: metalearn.Controller) -> dict[str, float]:
+    """Returns the best fixed configuration known from meta-training, for a known horizon.
+
+    Not the controller's base: that one is the best to be steered from.
+    """
+    known = controller.checkpoint.provenance["release_base"]
+    return {name: known[f"known/best_fixed/{name}"] for name in CONTROLLED}
 
 
 def run_arm(
@@ -64,11 +67,11 @@ def run_arm(
     output: Path,
 ) -> tuple[TrainingResult, MetaScheduler | None]:
     """Trains one arm with one seed; every arm has the same initial weights and batches."""
-    base = base_configuration(controller)
+    best = best_fixed_configuration(controller)
     model = RECOMMENDERS[family].for_domain(
         domain,
         dim=settings.dim,
-        dropout=base["dropout"] if arm == "fixed" else 0.0,
+        dropout=best["dropout"] if arm == "fixed" else 0.0,
         generator=torch.Generator().manual_seed(seed),
     )
     scheduler = None
@@ -89,9 +92,9 @@ def run_arm(
     elif arm == "fixed":
         optimizer = torch.optim.AdamW(
             model.parameters(),
-            lr=base["learning_rate"],
-            weight_decay=base["weight_decay"],
-            betas=(base["beta1"], 0.999),
+            lr=best["learning_rate"],
+            weight_decay=best["weight_decay"],
+            betas=(best["beta1"], 0.999),
         )
         decay = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: float(schedule_multiplier(np.float64(step / settings.steps), np))

@@ -28,10 +28,11 @@ and the one whose controlled runs scored best was taken.
 |---|{rules}|
 {base}
 
-Mean log((NDCG@10 + 0.02) / (popularity + 0.02)) on those tasks, before and after that choice:
+Mean log((NDCG@10 + 0.02) / (popularity + 0.02)) on those tasks, before and after that choice, and of the candidate that
+is best without a controller, which is what a controller is to be compared with ({best_fixed}, horizon known):
 
-| horizon | base before | base | controlled before | controlled |
-|---|---|---|---|---|
+| horizon | base before | base | controlled before | controlled | best fixed |
+|---|---|---|---|---|---|
 {choice}
 
 ## Validation
@@ -66,7 +67,7 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
         f"| {label} | "
         + " | ".join(
             f"{provenance['release_base'][f'{label}/{name}']:.3f}"
-            for name in ("fixed_before", "fixed", "controlled_before", "controlled")
+            for name in ("fixed_before", "fixed", "controlled_before", "controlled", "fixed_best")
         )
         + " |"
         for label in ("known", "unknown")
@@ -88,6 +89,9 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
             rules="---|" * (len(CONTROLLED) - 1) + "---",
             base="\n".join(rows),
             choice="\n".join(choice),
+            best_fixed=", ".join(
+                f"{name} {provenance['release_base'][f'known/best_fixed/{name}']:.3g}" for name in CONTROLLED
+            ),
             validation_domains=", ".join(provenance["validation_domains"]) or "simulated ones",
             figures="\n".join(f"| {name} | {value:+.4f} |" for name, value in provenance["validation"].items()),
             horizons=f"{min(steps) * config.num_decisions} to {max(steps) * config.num_decisions}",

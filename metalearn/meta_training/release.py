@@ -41,17 +41,37 @@ class BaseChoice(NamedTuple):
         """Index of the candidate that is taken."""
         return int(self.controlled.mean(1).argmax())
 
+    @property
+    def best_fixed(self) -> int:
+        """Index of the candidate that is best without a policy: what a controller is to be compared with."""
+        return int(self.fixed.mean(1).argmax())
+
+    def values(self, config: ControllerConfig, index: int) -> dict[str, float]:
+        """Returns a candidate's hyperparameters by name."""
+        pairs = zip(CONTROLLED, self.candidates[index].tolist(), strict=True)
+        return {name: config.space[name].decode(value) for name, value in pairs}
+
     def record(self, config: ControllerConfig, label: str) -> dict[str, float]:
         """Returns figures for logs and provenance."""
-        before, chosen = len(self.candidates) // 2, self.chosen
-        values = zip(CONTROLLED, self.candidates[chosen].tolist(), strict=True)
+        before, chosen, best_fixed = len(self.candidates) // 2, self.chosen, self.best_fixed
+        fixed, controlled = self.fixed.mean(1).tolist(), self.controlled.mean(1).tolist()
         return {
-            **{f"{label}/{name}": config.space[name].decode(value) for name, value in values},
-            f"{label}/fixed": float(self.fixed[chosen].mean()),
-            f"{label}/fixed_before": float(self.fixed[before].mean()),
-            f"{label}/controlled": float(self.controlled[chosen].mean()),
-            f"{label}/controlled_before": float(self.controlled[before].mean()),
+            **{f"{label}/{name}": value for name, value in self.values(config, chosen).items()},
+            **{f"{label}/best_fixed/{name}": value for name, value in self.values(config, best_fixed).items()},
+            f"{label}/fixed": fixed[chosen],
+            f"{label}/fixed_before": fixed[before],
+            f"{label}/fixed_best": fixed[best_fixed],
+            f"{label}/controlled": controlled[chosen],
+            f"{label}/controlled_before": controlled[before],
         }
+
+    def rows(self, config: ControllerConfig) -> list[dict[str, float]]:
+        """Returns every candidate with its mean scores."""
+        scores = zip(self.fixed.mean(1).tolist(), self.controlled.mean(1).tolist(), strict=True)
+        return [
+            {**self.values(config, index), "fixed": fixed, "controlled": controlled}
+            for index, (fixed, controlled) in enumerate(scores)
+        ]
 
 
 def neighbours(base: np.ndarray, config: ControllerConfig) -> np.ndarray:
@@ -154,6 +174,6 @@ def released_prior(
         )
         base[int(told)] = choice.candidates[choice.chosen]
         record = choice.record(runner.config, label)
-        log({"phase": "release base", **record})
+        log({"phase": "release base", **record, f"{label}/candidates": choice.rows(runner.config)})
         records |= record
     return prior._replace(base=base), records
