@@ -51,10 +51,13 @@ ARMS = {
 def best_fixed_configuration(controller: metalearn.Controller) -> dict[str, float]:
     """Returns the best fixed configuration known from meta-training, for a known horizon.
 
-    Not the controller's base: that one is the best to be steered from.
+    Not the controller's base, which is the best to be steered from; unless the checkpoint does not say.
     """
-    known = controller.checkpoint.provenance["release_base"]
-    return {name: known[f"known/best_fixed/{name}"] for name in CONTROLLED}
+    known = controller.checkpoint.provenance.get("release_base")
+    if known is not None:
+        return {name: known[f"known/best_fixed/{name}"] for name in CONTROLLED}
+    base = controller.checkpoint.base[1].tolist()
+    return {name: controller.config.space[name].decode(unit) for name, unit in zip(CONTROLLED, base, strict=True)}
 
 
 def run_arm(

@@ -116,6 +116,7 @@ class MetaScheduler:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         self._average = WeightAverage(params) if horizon is None else None
         self._log = DecisionLog(decision_log, name=name) if decision_log is not None else None
+        self._unlogged: Decision | None = None
         self._recorded_steps = 0
         self._idle_calls, self._idle_since = 0, -1
         self._host_seconds = 0.0
@@ -247,9 +248,13 @@ class MetaScheduler:
         self.decisions = [Decision.from_dict(decision) for decision in state["decisions"]]
         self._bindings.take(self.decision.groups)
         self._set_dropout(self.decision)
+        self._unlogged = self.decisions[0] if self._bindings.steps == 0 else None
 
     def _before_steps(self) -> list[float]:
         """Probes if the coming step is to be probed; returns the schedule's factors up to the next step that is."""
+        if self._unlogged is not None and self._log is not None:
+            self._log.append(self._unlogged)
+            self._unlogged = None
         step = self._bindings.steps
         remaining = self._interval - self._monitor.steps - step + self._recorded_steps
         if remaining <= 2:
@@ -288,7 +293,11 @@ class MetaScheduler:
         self.decisions.append(decision)
         self._bindings.take(decision.groups)
         self._set_dropout(decision)
-        if self._log is not None:
+        if self._log is None:
+            return
+        if decision.index == 0:
+            self._unlogged = decision  # until the first step: a state may yet be loaded, of a run that has logged it
+        else:
             self._log.append(decision, **context)
 
     def _set_dropout(self, decision: Decision) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from envs.domains import Domain
 from metalearn import Controller
+from metalearn.audit import read_decisions
 from metalearn.errors import SessionError
 from tests.torch.runs import Run, start
 
@@ -147,3 +149,22 @@ def test_a_state_of_another_run_is_refused(
     assert other.scheduler is not None
     with pytest.raises(SessionError, match=message):
         other.scheduler.load_state_dict(run.scheduler.state_dict())
+
+
+def test_a_resumed_run_logs_every_decision_once(domain: Domain, controller: Controller, tmp_path: Path):
+    log = tmp_path / "decisions.jsonl"
+    first = start(domain, controller=controller, horizon=60, interval=10, decision_log=log)
+    for _ in range(25):
+        first.backward()
+        first.optimizer.step()
+        first.optimizer.zero_grad()
+        first.scheduler.step(0.5)
+    state = first.scheduler.state_dict()
+    second = start(domain, controller=controller, horizon=60, interval=10, decision_log=log)
+    second.scheduler.load_state_dict(state)
+    for _ in range(20):
+        second.backward()
+        second.optimizer.step()
+        second.optimizer.zero_grad()
+        second.scheduler.step(0.5)
+    assert [record["index"] for record in read_decisions(log)] == [0, 1, 2, 3, 4]
