@@ -22,7 +22,7 @@ parameter group) and dropout. Written by `scripts/meta_train.py`; everything bel
 With cosine decay (known horizon), or held with averaged iterates (unknown horizon). An untrained or out-of-range
 controller is exactly this. The search's trials gave one for the policy to learn on. With the trained policy, that one
 and its neighbours in rate and decay were then run to the full length on the largest tasks of the validation domains,
-and the one whose controlled runs scored best was taken.
+and another was taken only if its controlled runs were better beyond noise.
 
 | horizon | {names} |
 |---|{rules}|
