@@ -246,7 +246,7 @@ def main() -> None:
         print(TorchSide(make_bucket(learner, size), draw_domain(size)).train(int(steps)))
         return
 
-    turns, seconds = (5, 0.15) if arguments.quick else (15, 0.4)
+    turns, seconds = (4, 0.1) if arguments.quick else (15, 0.4)
     limits = machine_limits()
     record: dict[str, float] = {}
     print(f"one core: {limits[0] / 1e9:.0f} GFLOP/s, {limits[1] / 1e9:.1f} GB/s; {'':10} JAX   PyTorch")
