@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from metalearn.controller.controller import Controller
     from metalearn.profiles import DomainProfile
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 DEFAULT_INTERVAL = 100
 """Steps between decisions when neither the horizon nor the length of an epoch is known."""
 MIN_INTERVAL = 2

@@ -58,9 +58,7 @@ PRESETS = {
 """Name to settings, sizes, slices of each real domain, simulated domains of each size."""
 
 
-EVENTS = EventConfig(
-    missing_validation=0.1, missing_gradients=0.1, delayed_validation=0.1, hardware_change=0.1, drift=0.15
-)
+EVENTS = EventConfig(missing_validation=0.1, missing_gradients=0.1, delayed_validation=0.1, drift=0.15)
 """What befalls episodes that are learnt from; those that validate see none."""
 
 

@@ -15,7 +15,10 @@ def commit() -> str:
     """Returns the commit that runs, with a plus sign if files differ from it; "unknown" outside a checkout."""
 
     def git(*arguments: str) -> str:
-        run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+        try:
+            run = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+        except FileNotFoundError:
+            return ""
         return run.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../metalearn", "../envs", "../scripts")
