@@ -142,6 +142,11 @@ class EventfulEnvironment:
         return self.environment.num_groups
 
     @property
+    def family(self) -> str | None:
+        """Model family, or None."""
+        return self.environment.family
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """Roles of the inner environment."""
         return self.environment.roles

@@ -65,6 +65,11 @@ class PyTorchEnvironment:
         self._dim, self._batch_size, self._max_users = dim, batch_size, max_users
 
     @property
+    def family(self) -> str | None:
+        """Name of the recommender."""
+        return self._family
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """Role of every parameter group."""
         return RECOMMENDERS[self._family].roles

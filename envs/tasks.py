@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from metalearn.interactions import Interactions
 from metalearn.meta_training.environment import Environment
 
 NO_EVENTS = EventConfig()
+_SIZES = ("users", "items", "interactions", "evaluated", "targets", "history", "content", "exposures")
+"""Of a bucket, what the arrays of its tasks depend on."""
 _ATTEMPTS = 8
 
 
@@ -45,6 +47,24 @@ class TaskPool:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def trained_by(self, bucket: Bucket) -> TaskPool:
+        """Returns the same tasks for another learner, optimizer, dimension or batch.
+
+        Raises:
+          InvalidArgumentError: the bucket pads to other sizes; the message names them.
+        """
+        differ = [name for name in _SIZES if getattr(bucket, name) != getattr(self.bucket, name)]
+        if differ:
+            raise InvalidArgumentError(
+                f"`bucket` must have the {differ} of these tasks, got {bucket}; build a pool of its own"
+            )
+        return replace(self, bucket=bucket)
+
+    @property
+    def label(self) -> str:
+        """Family and size, for logs."""
+        return f"{self.bucket.learner}/{self.bucket.users}"
 
     @property
     def environment(self) -> Environment:

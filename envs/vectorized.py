@@ -71,6 +71,8 @@ class Bucket:
 
 SMALL = Bucket(users=512, items=512, interactions=16_384, dim=8, batch=64, evaluated=256)
 MIDDLE = Bucket(users=1_024, items=1_024, interactions=65_536, dim=16, batch=256, evaluated=384)
+WHOLE = Bucket(users=4_096, items=4_096, interactions=131_072, dim=32, batch=256, evaluated=384)
+"""Whole domains for families whose step costs more."""
 LARGE = Bucket(users=6_144, items=6_144, interactions=262_144, dim=32, batch=512, evaluated=512)
 
 
@@ -230,6 +232,11 @@ class VectorizedEnvironment:
     def num_groups(self) -> int:
         """Parameter groups."""
         return len(self.roles)
+
+    @property
+    def family(self) -> str | None:
+        """Name of the learner."""
+        return self.bucket.learner
 
     @property
     def samples_per_step(self) -> int:

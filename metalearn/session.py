@@ -24,8 +24,9 @@ from metalearn.controller.actions import (
     values,
 )
 from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, ROLES
-from metalearn.controller.decision import Decision
+from metalearn.controller.decision import Decision, Improvement
 from metalearn.controller.observation import budget_descriptors, profile_descriptors
+from metalearn.controller.outcome import Situation, outcome_inputs
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.safety import Proposal, judge
 from metalearn.signals import (
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from metalearn.controller.controller import Controller
     from metalearn.profiles import DomainProfile
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 DEFAULT_INTERVAL = 100
 """Steps between decisions when neither the horizon nor the length of an epoch is known."""
 MIN_INTERVAL = 2
@@ -83,6 +84,7 @@ class Session:
         space: HyperparameterSpace,
         *,
         roles: Sequence[str],
+        family: str | None,
         horizon: int | None,
         batch_size: int | None,
         interval: int | None,
@@ -95,6 +97,7 @@ class Session:
         self._controller, self._config = controller, controller.config
         self._roles = np.array([ROLES.index(role) for role in roles])
         self._fingerprint = profile.fingerprint
+        self.family, self._family = family, controller.config.family_index(family)
         self.horizon, self.batch_size = horizon, batch_size
         epoch = profile.num_interactions / batch_size if batch_size else None
         self.interval = interval or decision_interval(self._config.num_decisions, horizon, epoch)
@@ -116,6 +119,8 @@ class Session:
         )
         raw = np.concatenate([profile_descriptors(profile), budget])
         self._descriptors = percentile_scale(raw, normalizer.descriptors.astype(np.float64), np)
+        self._code = controller.network.code(self._descriptors, self._family)
+        self._base = controller.checkpoint.base[self._family, int(horizon is not None)].astype(np.float64)
         self._knots = normalizer.group.astype(np.float64), normalizer.run.astype(np.float64)
         self._trust = float(confidence(out_of_range(self._descriptors, np), np))
         self._history = initial_history(len(roles), np, np.float64)
@@ -179,7 +184,7 @@ class Session:
             run = percentile_scale(features.run, self._knots[1], np)
         policy_hidden = self._hidden
         group_action, run_action, self._hidden = self._controller.network.act(
-            policy_hidden, group, run, self._descriptors, self._roles
+            policy_hidden, group, run, self._code, self._roles
         )
         wanted = move(
             self._position,
@@ -191,7 +196,8 @@ class Session:
         )
         verdict = judge(self._proposal(wanted, float(statistics.nonfinite)))
         before, since_best = self._decision, int(self._history.since_best)
-        self._position = self._placed(verdict.values)
+        held, self._position = self._position, self._placed(verdict.values)
+        foresee = self._forecast(self._position, held, (group, run))
 
         def explain() -> tuple[str, ...]:
             changes = _changes(before, decision)
@@ -199,7 +205,7 @@ class Session:
             return (*verdict.reasons, *changes, *_situation(features, since_best), *influences)
 
         status = "fallback" if self._trust == 0.0 and verdict.status == "applied" else verdict.status
-        self._decision = decision = self._decide(before.index + 1, status, explain)
+        self._decision = decision = self._decide(before.index + 1, status, explain, foresee)
         return decision
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,6 +246,7 @@ class Session:
             "controller": self._controller.fingerprint,
             "num_groups": self.num_groups,
             "roles": [ROLES[role] for role in self._roles],
+            "family": self.family,
             "horizon": self.horizon,
             "batch_size": self.batch_size,
             "interval": self.interval,
@@ -249,9 +256,8 @@ class Session:
         }
 
     def _start(self, initial: Sequence[Mapping[str, float]] | None) -> Position:
-        gate, modifier = self._controller.network.start(self._descriptors)
-        base = self._controller.checkpoint.base[int(self.horizon is not None)].astype(np.float64)
-        position = start_position(base, gate, np.tanh(modifier), self._trust, self._config, self.num_groups, np)
+        gate, modifier = self._controller.network.start(self._code)
+        position = start_position(self._base, gate, np.tanh(modifier), self._trust, self._config, self.num_groups, np)
         if initial is None:
             return position
         start = np.array(position.group_start)
@@ -269,9 +275,56 @@ class Session:
         else:
             reason = f"start: base configuration shifted for this domain, at confidence {self._trust:.2f}"
         status = "fallback" if self._trust == 0.0 else "applied"
-        return self._decide(0, status, lambda: (reason,))
+        split = len(GROUP_CONTROLLED)
+        at_base = self._position._replace(
+            group_start=np.tile(self._base[:split], (self.num_groups, 1)), global_start=self._base[split:]
+        )
+        return self._decide(0, status, lambda: (reason,), self._forecast(self._position, at_base, None))
 
-    def _decide(self, index: int, status: str, explain: Callable[[], tuple[str, ...]]) -> Decision:
+    def _forecast(
+        self, chosen: Position, otherwise: Position, signals: tuple[np.ndarray, np.ndarray] | None
+    ) -> Callable[[], Improvement | None]:
+        """Returns what works out the expected improvement of one position over another, when somebody asks."""
+        model = self._controller.outcome
+        if model is None:
+            return lambda: None
+        in_group, in_run = (np.where(bound, 1.0, math.nan) for bound in self._bound)
+
+        def inputs(position: Position) -> np.ndarray:
+            group, run = signals or (np.zeros((self.num_groups, len(GROUP_FEATURES))), np.zeros(len(GLOBAL_FEATURES)))
+            situation = Situation(
+                descriptors=self._descriptors,
+                family=self._family,
+                horizon_known=self.horizon is not None,
+                base=self._base,
+                position=Position(
+                    position.group_start * in_group,
+                    position.global_start * in_run,
+                    position.group_residual * in_group,
+                    position.global_residual * in_run,
+                ),
+                group_mask=np.ones(self.num_groups),
+                curve_known=signals is not None,
+                group=group,
+                run=run,
+                validation=math.nan,
+            )
+            return outcome_inputs(situation, self._config, np)
+
+        def foresee() -> Improvement:
+            change = model.improvement(inputs(chosen), inputs(otherwise))
+            expected, low, high = (math.expm1(float(value)) for value in (change.mean, *change.interval(0.9)))
+            return Improvement(expected, low, high, float(change.probability_above(0.0)))
+
+        return foresee
+
+    def _decide(
+        self,
+        index: int,
+        status: str,
+        explain: Callable[[], tuple[str, ...]],
+        foresee: Callable[[], Improvement | None],
+    ) -> Decision:
         self._values = decoded = values(self._position, self._config, np)
         return Decision(
             index=index,
@@ -285,6 +338,7 @@ class Session:
             schedule=self.multiplier(self._steps),
             confidence=self._trust,
             explain=explain,
+            foresee=foresee,
         )
 
     def _controls(self) -> Controls:
@@ -351,7 +405,7 @@ class Session:
         groups, runs = np.repeat(group[None], count_all, 0), np.repeat(run[None], count_all, 0)
         groups[np.arange(split), :, columns] = 0.0
         runs[np.arange(split, count_all), run_columns] = 0.0
-        occluded, _, _ = self._controller.network.act(hidden, groups, runs, self._descriptors, self._roles)
+        occluded, _, _ = self._controller.network.act(hidden, groups, runs, self._code, self._roles)
         moved = (np.tanh(action[:, 0]) - np.tanh(occluded[..., 0])).mean(1).tolist()
         names = [GROUP_FEATURES[i] for i in columns] + [GLOBAL_FEATURES[i] for i in run_columns]
         effect = dict(zip(names, moved, strict=True))

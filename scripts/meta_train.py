@@ -14,8 +14,10 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 # Two forced host devices, one thread each: a second core does nothing inside one program of small tensors.
 os.environ.setdefault(
@@ -28,34 +30,110 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from envs.events import EventConfig
 from envs.public import DomainCache, find_source, load_folder, load_public
 from envs.tasks import NO_EVENTS, TaskPool, build_pool
-from envs.vectorized import LARGE, MIDDLE, SMALL
+from envs.vectorized import LARGE, MIDDLE, SMALL, WHOLE, Bucket
 from metalearn.controller.checkpoint import save_checkpoint
 from metalearn.controller.config import ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
 from metalearn.interactions import Interactions
+from metalearn.meta_training.es import ESConfig
 from metalearn.meta_training.loop import MetaTrainConfig, meta_train
 from metalearn.meta_training.model_card import write_model_card
+from metalearn.meta_training.outcome import OutcomeFitConfig
 from metalearn.tracking import Tracker
 from provenance import commit
 
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What one pool of tasks is made of, and its share of the work.
+
+    Args:
+      bucket: sizes, learner, optimizer.
+      groups: of rollouts in an iteration.
+      steps: log-uniform range of optimizer steps per interval.
+      search: tasks of the search for the base, and configurations of each.
+    """
+
+    bucket: Bucket
+    groups: int
+    steps: tuple[int, int] = (16, 96)
+    search: tuple[int, int] = (16, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A budget.
+
+    Args:
+      recipes: of the pools, of one family from small to large.
+      slices: of each real domain, at every size.
+      simulated: domains, by users of the bucket.
+      settings: of the meta-training run.
+    """
+
+    recipes: tuple[Recipe, ...]
+    slices: int
+    simulated: Mapping[int, int]
+    settings: Mapping[str, Any]
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Model families, in the order of the recipes."""
+        return tuple(dict.fromkeys(recipe.bucket.learner for recipe in self.recipes))
+
+    def config(self, **more: Any) -> MetaTrainConfig:
+        """Returns the settings of the run, with some replaced."""
+        columns = {
+            "groups_per_pool": tuple(recipe.groups for recipe in self.recipes),
+            "steps_range": tuple(recipe.steps for recipe in self.recipes),
+            "search_tasks": tuple(recipe.search[0] for recipe in self.recipes),
+            "search_configurations": tuple(recipe.search[1] for recipe in self.recipes),
+        }
+        return MetaTrainConfig(**{**columns, **self.settings, **more})
+
+
+def _of(bucket: Bucket, learner: str, **changes: Any) -> Bucket:
+    return replace(bucket, learner=learner, **changes)
+
+
+BPR, TOWERS, CLICKS, SEQUENCES, GRAPH = (
+    "matrix_factorization", "two_tower", "click_model", "self_attention", "graph_convolution",
+)  # fmt: skip
+_SMALL, _MIDDLE = replace(SMALL, history=20), replace(MIDDLE, history=20)
+
 PRESETS = {
-    "smoke": (
-        MetaTrainConfig(
-            num_iterations=2,
-            groups_per_pool=(4,),
-            steps_range=((8, 16),),
-            search_tasks=(12,),
-            search_configurations=(16,),
-            validate_every=2,
-            validation_episodes=8,
-        ),
-        (SMALL,),
-        2,
-        (16,),
+    "smoke": Preset(
+        recipes=(Recipe(bucket=SMALL, groups=4, steps=(8, 16), search=(12, 16)),),
+        slices=2,
+        simulated={512: 16},
+        settings={
+            "num_iterations": 2,
+            "validate_every": 2,
+            "validation_episodes": 8,
+            "outcome_rounds": 1,
+            "outcome": OutcomeFitConfig(max_evaluations=4),
+        },
     ),
-    "laptop": (MetaTrainConfig(), (SMALL, MIDDLE, LARGE), 4, (40, 30, 12)),
+    "laptop": Preset(
+        recipes=(
+            Recipe(bucket=_of(_SMALL, BPR), groups=2),
+            Recipe(bucket=_of(_MIDDLE, BPR), groups=2),
+            Recipe(bucket=_of(LARGE, BPR), groups=2, steps=(24, 128), search=(20, 24)),
+            Recipe(bucket=_of(_MIDDLE, TOWERS), groups=2),
+            Recipe(bucket=_of(WHOLE, TOWERS), groups=1, steps=(24, 128), search=(16, 24)),
+            # A click model scores every pair by itself: fewer users are evaluated.
+            Recipe(bucket=_of(_MIDDLE, CLICKS, evaluated=96), groups=2),
+            Recipe(bucket=_of(WHOLE, CLICKS, evaluated=96), groups=1, steps=(24, 128), search=(16, 24)),
+            Recipe(bucket=_of(_SMALL, SEQUENCES), groups=1, search=(12, 24)),
+            Recipe(bucket=_of(_MIDDLE, SEQUENCES, batch=64), groups=1, search=(12, 24)),
+            Recipe(bucket=_of(_SMALL, GRAPH), groups=1, search=(12, 24)),
+            Recipe(bucket=_of(_MIDDLE, GRAPH), groups=1, search=(16, 24)),
+        ),
+        slices=4,
+        simulated={512: 40, 1_024: 30, 4_096: 12, 6_144: 12},
+        settings={},
+    ),
 }
-"""Name to settings, sizes, slices of each real domain, simulated domains of each size."""
 
 
 EVENTS = EventConfig(missing_validation=0.1, missing_gradients=0.1, delayed_validation=0.1, drift=0.15)
@@ -70,6 +148,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--hub", nargs="*", default=[], help="registered names or Hugging Face ids to learn from")
     parser.add_argument("--output", type=Path, default=Path("runs/meta_training"))
     parser.add_argument("--iterations", type=int, help="policy updates, instead of the preset's")
+    parser.add_argument("--estimator", choices=("ppo", "es"), default="ppo", help="policy gradients, or evolution")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -91,47 +170,47 @@ def read_domains(arguments: argparse.Namespace) -> dict[str, dict[str, Interacti
 
 
 def build_pools(arguments: argparse.Namespace, real: dict[str, dict[str, Interactions]]) -> list[list[TaskPool]]:
-    """Builds the pools to learn from and those to validate on, one a size."""
-    _, buckets, slices, simulated = PRESETS[arguments.preset]
+    """Builds the pools to learn from and those to validate on, one a recipe."""
+    preset = PRESETS[arguments.preset]
     cache = arguments.output / "tasks"
     # Without real validation domains, unseen simulated ones choose: better than choosing on what was learnt from.
     unseen = 0 if real["validation"] else 8
     pools: list[list[TaskPool]] = [[], []]
-    for bucket, count in zip(buckets, simulated, strict=True):
+    built: dict[tuple[str, int, int], TaskPool] = {}
+    for recipe in preset.recipes:
+        users = recipe.bucket.users
         for index, (role, num_simulated, events) in enumerate(
-            (("meta-training", count, EVENTS), ("validation", unseen, NO_EVENTS))
+            (("meta-training", preset.simulated[users], EVENTS), ("validation", unseen, NO_EVENTS))
         ):
-            pools[index].append(
-                build_pool(
+            key = role, users, recipe.bucket.evaluated
+            if key not in built:
+                built[key] = build_pool(
                     real[role],
-                    bucket,
-                    slices_per_domain=slices,
+                    recipe.bucket,
+                    slices_per_domain=preset.slices,
                     num_simulated=num_simulated,
                     seed=arguments.seed + index,
                     events=events,
                     cache=cache,
                 )
-            )
-        sizes = [len(group[-1]) for group in pools]
-        print(
-            f"bucket {bucket.users} x {bucket.items}: {sizes[0]} tasks, {sizes[1]} for validation",
-            flush=True,
-        )
+            pools[index].append(built[key].trained_by(recipe.bucket))
+        print(f"{pools[0][-1].label}: {len(pools[0][-1])} tasks, {len(pools[1][-1])} for validation", flush=True)
     return pools
 
 
 def main() -> None:
     arguments = parse()
     began = time.monotonic()
-    config, buckets, *_ = PRESETS[arguments.preset]
-    config = replace(config, seed=arguments.seed, num_iterations=arguments.iterations or config.num_iterations)
+    preset = PRESETS[arguments.preset]
+    config = preset.config(seed=arguments.seed, es=ESConfig() if arguments.estimator == "es" else None)
+    config = replace(config, num_iterations=arguments.iterations or config.num_iterations)
     real = read_domains(arguments)
     pools, validation_pools = build_pools(arguments, real)
     provenance = {
         "domains": sorted(real["meta-training"]),
         "validation_domains": sorted(real["validation"]),
         "tasks": [len(pool) for pool in pools],
-        "buckets": [asdict(bucket) for bucket in buckets],
+        "buckets": [asdict(recipe.bucket) for recipe in preset.recipes],
         "events": asdict(EVENTS),
         "commit": commit(),
         "preset": arguments.preset,
@@ -148,7 +227,7 @@ def main() -> None:
 
         checkpoint = meta_train(
             config,
-            ControllerConfig(descriptors=DESCRIPTORS),
+            ControllerConfig(descriptors=DESCRIPTORS, families=preset.families),
             pools,
             validation_pools,
             directory=arguments.output / "state",

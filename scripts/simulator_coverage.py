@@ -178,7 +178,7 @@ def score_configurations(pool: Any, *, seeds: int) -> np.ndarray:
     space = {"beta1": 0.9, "dropout": 0.1}
     grid = [space | {"learning_rate": rate, "weight_decay": decay} for rate in RATES for decay in DECAYS]
     starts = np.array([[config.space[name].encode(point[name]) for name in CONTROLLED] for point in grid], np.float32)
-    prior = Prior(np.stack([starts[0], starts[0]]), identity_normalizer(config))
+    prior = Prior(np.tile(starts[0], (1, 2, 1)), identity_normalizer(config))
     params = ppo.init(config, ppo.PPOConfig(), key=jax.random.key(0))
     chunks = [
         make_chunk(0, STEPS, task=task, initialization=seed, start=starts[low : low + CHUNK], num_start=len(CONTROLLED))

@@ -48,15 +48,22 @@ ARMS = {
 }
 
 
-def best_fixed_configuration(controller: metalearn.Controller) -> dict[str, float]:
+def known_family(controller: metalearn.Controller, family: str) -> str | None:
+    """Returns the family if the controller was meta-trained on it, None for any other."""
+    return family if family in controller.config.families else None
+
+
+def best_fixed_configuration(controller: metalearn.Controller, family: str) -> dict[str, float]:
     """Returns the best fixed configuration known from meta-training, for a known horizon.
 
-    Not the controller's base, which is the best to be steered from; unless the checkpoint does not say.
+    That is the base of the model's family. Of a checkpoint whose base was chosen to be steered from, it is what did
+    best without a controller.
     """
-    known = controller.checkpoint.provenance.get("release_base")
-    if known is not None:
-        return {name: known[f"known/best_fixed/{name}"] for name in CONTROLLED}
-    base = controller.checkpoint.base[1].tolist()
+    chosen = controller.checkpoint.provenance.get("release_base")
+    if chosen is not None:
+        return {name: chosen[f"known/best_fixed/{name}"] for name in CONTROLLED}
+    row = controller.config.family_index(known_family(controller, family))
+    base = controller.checkpoint.base[row, 1].tolist()
     return {name: controller.config.space[name].decode(unit) for name, unit in zip(CONTROLLED, base, strict=True)}
 
 
@@ -70,7 +77,7 @@ def run_arm(
     output: Path,
 ) -> tuple[TrainingResult, MetaScheduler | None]:
     """Trains one arm with one seed; every arm has the same initial weights and batches."""
-    best = best_fixed_configuration(controller)
+    best = best_fixed_configuration(controller, family)
     model = RECOMMENDERS[family].for_domain(
         domain,
         dim=settings.dim,
@@ -84,6 +91,7 @@ def run_arm(
             optimizer,
             model=model,
             domain=domain.profile,
+            family=known_family(controller, family),
             horizon=settings.steps,
             batch_size=settings.batch_size,
             interval=settings.interval,

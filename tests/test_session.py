@@ -95,13 +95,15 @@ def same_to_the_bit(one: Session, other: Session, intervals: list[IntervalStatis
 
 
 @pytest.mark.parametrize("cut", range(len(INTERVALS) + 1))
-@pytest.mark.parametrize("horizon", [None, 1000])
-def test_a_resumed_session_decides_the_same_to_the_bit(controller: Controller, horizon: int | None, cut: int):
-    session = start(controller, horizon=horizon)
+@pytest.mark.parametrize(("horizon", "family"), [(None, None), (1000, "two_tower")])
+def test_a_resumed_session_decides_the_same_to_the_bit(
+    controller: Controller, horizon: int | None, family: str | None, cut: int
+):
+    session = start(controller, horizon=horizon, family=family)
     for statistics in INTERVALS[:cut]:
         session.tell(statistics)
     state = json.loads(json.dumps(session.state_dict()))
-    resumed = start(controller, horizon=horizon)
+    resumed = start(controller, horizon=horizon, family=family)
     for statistics in INTERVALS[: cut // 2]:  # whatever it did before is forgotten
         resumed.tell(statistics)
     resumed.load_state_dict(state)
@@ -136,6 +138,7 @@ def test_resuming_keeps_initial_values(controller: Controller):
         ({"roles": ("embedding", "head")}, r"roles=\['embedding', 'dense'\], this session \['embedding', 'head'\]"),
         ({"horizon": None}, "horizon=1000, this session None"),
         ({"horizon": 2000, "interval": 50}, "horizon=1000, this session 2000"),
+        ({"family": "two_tower"}, "family=None, this session 'two_tower'"),
         ({"batch_size": 128}, "batch_size=64, this session 128"),
         ({"interval": 10}, "interval=50, this session 10"),
         (
@@ -154,10 +157,10 @@ def test_a_state_of_other_arguments_is_refused(controller: Controller, changes: 
     assert json.dumps(other.state_dict()) == before
 
 
-@pytest.mark.parametrize("version", [None, 1, "2"])
+@pytest.mark.parametrize("version", [None, 2, "3"])
 def test_a_state_of_another_version_is_refused(controller: Controller, version: object):
     session = start(controller)
-    with pytest.raises(SessionError, match=f"state_dict has version={version!r}, this session 2"):
+    with pytest.raises(SessionError, match=f"state_dict has version={version!r}, this session 3"):
         session.load_state_dict({**session.state_dict(), "version": version})
     with pytest.raises(SessionError, match="version=None"):
         session.load_state_dict({})
@@ -169,6 +172,7 @@ def test_a_state_of_another_version_is_refused(controller: Controller, version: 
         ({"roles": ()}, "`roles` is empty"),
         ({"roles": ("embedding", "tower")}, r"`roles` must be among \('embedding', .*\), got 'tower'"),
         ({"roles": "embedding"}, "`roles` must be among .*, got 'e'"),
+        ({"family": "gru4rec"}, "`family` must be one of .*'two_tower'.* or None for any other, got 'gru4rec'"),
         ({"horizon": 1}, "`horizon` must be an int of at least 2, got 1; pass the optimizer steps of the whole run"),
         ({"horizon": 100.0}, "`horizon` must be an int"),
         ({"horizon": True}, "`horizon` must be an int"),
@@ -243,10 +247,13 @@ def test_batch_size_gives_the_epoch_that_the_interval_follows(controller: Contro
     assert start(controller, interval=33).interval == 33
 
 
-def test_a_far_domain_gets_the_base_exactly(controller: Controller):
-    session = start(controller, profile=make_profile(size=1e4))
+@pytest.mark.parametrize(("family", "row", "rate"), [(None, 0, 0.03), ("two_tower", 2, 0.006)])
+def test_a_far_domain_gets_the_base_of_its_family_exactly(
+    controller: Controller, family: str | None, row: int, rate: float
+):
+    session = start(controller, profile=make_profile(size=1e4), family=family)
     assert session.confidence == 0.0
-    base = controller.checkpoint.base[1].tolist()
+    base = controller.checkpoint.base[row, 1].tolist()
     decisions = [session.ask(), *(session.tell(statistics) for statistics in INTERVALS)]
     for decision in decisions:
         assert decision.status == "fallback"
@@ -256,7 +263,7 @@ def test_a_far_domain_gets_the_base_exactly(controller: Controller):
     assert position["group_start"] == [base[: len(GROUP_CONTROLLED)]] * 2
     assert position["global_start"] == base[len(GROUP_CONTROLLED) :]
     assert not np.any(position["group_residual"])
-    assert decisions[0].groups[0]["learning_rate"] == pytest.approx(0.03)
+    assert decisions[0].groups[0]["learning_rate"] == pytest.approx(rate)
     assert "base configuration, since the domain lies outside" in decisions[0].reasons[0]
     assert session.tell(make_interval(nonfinite=1.0)).status == "held"
 

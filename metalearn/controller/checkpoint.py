@@ -1,6 +1,7 @@
 """The checkpoint file: safetensors, a header of strings, one SHA-256 over all of it. Loading executes nothing.
 
-Tensors: `network/<module>/<parameter>`, `prior/base` [2, S], `normalizer/{descriptors,group,run}` [F, K], all float32.
+Tensors, all float32: `network/<module>/<parameter>`, `prior/base` [1 + families, 2, S],
+`normalizer/{descriptors,group,run}` [F, K], and those of the outcome model if there is one, `outcome/...`.
 Header: `format_version`, `feature_schema`, `space`, `config`, `package_version`, `provenance` (JSON), `sha256`.
 """
 
@@ -11,7 +12,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ import numpy as np
 
 from metalearn.controller.config import CONTROLLED, GLOBAL_CONTROLLED, GROUP_CONTROLLED, ROLES, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS, Normalizer
+from metalearn.controller.outcome import PREFIX as OUTCOME
+from metalearn.controller.outcome import outcome_config
 from metalearn.errors import CheckpointError, SchemaMismatchError
 from metalearn.signals import FEATURE_SCHEMA_VERSION, GLOBAL_FEATURES, GROUP_FEATURES
 from metalearn.signals.normalizer import NUM_KNOTS
 from metalearn.spaces import HyperparameterSpace
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 HEADER_KEYS = ("format_version", "feature_schema", "space", "config", "package_version", "provenance", "sha256")
 MAX_BYTES = 256 * 2**20
 """A controller is well under a megabyte; a file larger than this is something else."""
@@ -37,9 +40,11 @@ class Checkpoint:
     Args:
       config: architecture.
       network: flat "module/parameter" -> float32 array.
-      base: [2, S] base configuration in unit ranges, without and with a known horizon.
+      base: [1 + families, 2, S] base configuration in unit ranges: of any other model and of each family, without and
+        with a known horizon.
       normalizer: percentile knots.
       provenance: how it was trained: data, seeds, budget, commit, figures.
+      outcome: parameters of the outcome model by name, "outcome/..."; empty if there is none.
     """
 
     config: ControllerConfig
@@ -47,6 +52,7 @@ class Checkpoint:
     base: np.ndarray
     normalizer: Normalizer
     provenance: Mapping[str, Any]
+    outcome: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def feature_schema() -> str:
@@ -97,6 +103,7 @@ def _digest(tensors: Mapping[str, np.ndarray], header: Mapping[str, str]) -> str
 def _tensors(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     """Returns what the file holds, by name."""
     arrays = {f"network/{name}": value for name, value in checkpoint.network.items()}
+    arrays |= checkpoint.outcome
     arrays["prior/base"] = checkpoint.base
     arrays |= {f"normalizer/{name}": knots for name, knots in checkpoint.normalizer._asdict().items()}
     # safetensors writes memory as it lies: a transposed view would come back scrambled.
@@ -199,6 +206,20 @@ def _json_object(path: Path, header: Mapping[str, str], key: str) -> dict[str, A
     return content
 
 
+def _from_format_1(
+    path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Migrates a checkpoint of one base for all families, which did not say what family a model is of."""
+    config = _json_object(path, header, "config")
+    size = config.get("code_size")
+    code = size if isinstance(size, int) and 0 < size < 2**16 else 0  # anything else is refused with the config
+    migrated = dict(tensors)
+    if "prior/base" in tensors:  # what is missing is named when tensors are checked
+        migrated["prior/base"] = tensors["prior/base"][None]
+    migrated["network/family"] = np.zeros((1, code), np.float32)
+    return migrated, {**header, "format_version": "2", "config": json.dumps({**config, "families": []})}
+
+
 def _check_tensors(path: Path, tensors: Mapping[str, np.ndarray], config: ControllerConfig) -> None:
     """Refuses tensors that are not those of the architecture, or not finite."""
     hidden, code, start = config.hidden_size, config.code_size, len(CONTROLLED)
@@ -213,12 +234,19 @@ def _check_tensors(path: Path, tensors: Mapping[str, np.ndarray], config: Contro
         "group_head": (hidden, len(GROUP_CONTROLLED)),
         "run_head": (hidden, len(GLOBAL_CONTROLLED)),
     }
-    expected: dict[str, tuple[int, ...]] = {"network/gate": (start,), "network/role": (len(ROLES), hidden)}
+    families = 1 + len(config.families)
+    expected: dict[str, tuple[int, ...]] = {
+        "network/gate": (start,),
+        "network/role": (len(ROLES), hidden),
+        "network/family": (families, code),
+        "prior/base": (families, 2, start),
+    }
     for name, shape in dense.items():
         expected |= {f"network/{name}/kernel": shape, f"network/{name}/bias": shape[1:]}
-    expected["prior/base"] = (2, start)
     for name, rows in zip(Normalizer._fields, (descriptors, group, run), strict=True):
         expected[f"normalizer/{name}"] = (rows, NUM_KNOTS)
+    if any(name.startswith(OUTCOME) for name in tensors):
+        expected |= outcome_config(tensors).shapes(config)
     found = {name: tensor.shape for name, tensor in tensors.items() if tensor.dtype == np.float32}
     differ = sorted(name for name in {*expected, *tensors} if expected.get(name) != found.get(name))
     if differ:
@@ -243,6 +271,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     tensors, header = _read(path)
+    if header["format_version"] == "1":
+        tensors, header = _from_format_1(path, tensors, header)
     if header["format_version"] != FORMAT_VERSION:
         raise SchemaMismatchError(
             f"{path} has format version {header['format_version']}, this metalearn reads {FORMAT_VERSION}; "
@@ -270,4 +300,5 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         base=tensors["prior/base"],
         normalizer=Normalizer(*(tensors[f"normalizer/{name}"] for name in Normalizer._fields)),
         provenance=_json_object(path, header, "provenance"),
+        outcome={name: tensor for name, tensor in tensors.items() if name.startswith(OUTCOME)},
     )

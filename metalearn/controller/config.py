@@ -62,6 +62,7 @@ class ControllerConfig:
       code_size: units of the domain code, made of the descriptors.
       num_decisions: decisions in a run whose horizon is known; the interval is the horizon over this.
       descriptors: the meta-features, and after them the budget descriptors, that the controller reads.
+      families: model families that it was meta-trained on, each with a base of its own.
       reach: per controlled hyperparameter.
     """
 
@@ -69,12 +70,15 @@ class ControllerConfig:
     code_size: int = 16
     num_decisions: int = 20
     descriptors: tuple[str, ...]
+    families: tuple[str, ...] = ()
     reach: tuple[Reach, ...] = tuple(DEFAULT_REACH[name] for name in CONTROLLED)
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "code_size", "num_decisions"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"`{name}` must be a positive int, got {getattr(self, name)}")
+        if len(set(self.families)) < len(self.families):
+            raise InvalidArgumentError(f"`families` must not repeat, got {self.families}")
         if len(self.reach) != len(CONTROLLED):
             raise InvalidArgumentError(f"`reach` must have one entry for each of {CONTROLLED}, got {len(self.reach)}")
 
@@ -82,6 +86,21 @@ class ControllerConfig:
     def space(self) -> HyperparameterSpace:
         """The controlled hyperparameters, group-scoped ones first."""
         return _CONTROLLED_SPACE
+
+    def family_index(self, family: str | None) -> int:
+        """Returns a family's row in the base and in the family embedding; 0 is for whatever is in none of them.
+
+        Raises:
+          InvalidArgumentError: the family is not one of `families`.
+        """
+        if family is None:
+            return 0
+        if family not in self.families:
+            raise InvalidArgumentError(
+                f"`family` must be one of {list(self.families)}, which this controller was meta-trained on, or None "
+                f"for any other, got {family!r}"
+            )
+        return 1 + self.families.index(family)
 
     def to_json(self) -> str:
         """Serialises the config, for a checkpoint's header."""
@@ -106,6 +125,7 @@ class ControllerConfig:
             )
         try:
             content["descriptors"] = tuple(content["descriptors"])
+            content["families"] = tuple(content["families"])
             content["reach"] = tuple(Reach(**reach) for reach in content["reach"])
             return cls(**content)
         except (TypeError, ValueError) as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metalearn.controller.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from metalearn.controller.outcome import OutcomeModel
 from metalearn.controller.runtime import NumpyNetwork
 from metalearn.errors import CheckpointError
 from metalearn.spaces import CANONICAL_SPACE, HyperparameterSpace
@@ -33,6 +34,7 @@ class Controller:
         self.checkpoint = checkpoint
         self.config = checkpoint.config
         self.network = NumpyNetwork(checkpoint.network)
+        self.outcome = OutcomeModel(checkpoint.outcome) if checkpoint.outcome else None
         self.fingerprint = fingerprint(checkpoint)
 
     def start(
@@ -41,6 +43,7 @@ class Controller:
         space: HyperparameterSpace = CANONICAL_SPACE,
         *,
         roles: Sequence[str] = ("embedding",),
+        family: str | None = None,
         horizon: int | None = None,
         batch_size: int | None = None,
         interval: int | None = None,
@@ -53,6 +56,7 @@ class Controller:
           profile: of the training interactions, from `profile_domain`.
           space: the hyperparameters that the loop can change; others are left alone.
           roles: of each parameter group: `embedding`, `dense`, `pretrained`, `adapter` or `head`.
+          family: of the model, one of `config.families`; None for any other.
           horizon: optimizer steps of the whole run; None if nobody knows.
           batch_size: training samples per step; None if nobody knows.
           interval: steps between decisions; by default the horizon over the controller's number of decisions.
@@ -70,6 +74,7 @@ class Controller:
             profile,
             space,
             roles=roles,
+            family=family,
             horizon=horizon,
             batch_size=batch_size,
             interval=interval,

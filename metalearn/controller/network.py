@@ -1,4 +1,4 @@
-"""The controller's networks in Flax: domain code, start modifier with gate, recurrent in-run policy.
+"""The controller's networks in Flax: code of domain and family, start modifier with gate, recurrent in-run policy.
 
 Shape legend: G parameter group, F feature, D descriptor, S start value, A group action, B global action, H hidden unit.
 `metalearn.controller.runtime` is the same function in NumPy; a test holds the two together.
@@ -25,6 +25,8 @@ class Observation(NamedTuple):
     """[F]"""
     descriptors: Any
     """[D]"""
+    family: Any
+    """int, see `ControllerConfig.family_index`"""
     role: Any
     """int [G], index into ROLES"""
     group_mask: Any
@@ -77,6 +79,7 @@ class ControllerNetwork(nn.Module):
     def setup(self) -> None:
         zeros = nn.initializers.zeros
         self.encoder = nn.Dense(self.config.code_size)
+        self.family = self.param("family", zeros, (1 + len(self.config.families), self.config.code_size))
         self.start_hidden = nn.Dense(self.config.hidden_size)
         self.modifier = nn.Dense(len(CONTROLLED), kernel_init=zeros)
         self.gate = self.param("gate", zeros, (len(CONTROLLED),))
@@ -86,16 +89,20 @@ class ControllerNetwork(nn.Module):
         self.group_head = nn.Dense(len(GROUP_CONTROLLED), kernel_init=zeros)
         self.run_head = nn.Dense(len(GLOBAL_CONTROLLED), kernel_init=zeros)
 
-    def start(self, descriptors: Any) -> StartAction:
-        """Maps descriptors [D] to gate and modifier."""
-        code = jnp.tanh(self.encoder(descriptors))
+    def code(self, descriptors: Any, family: Any) -> Any:
+        """Maps descriptors [D] and the model family to a code."""
+        return jnp.tanh(self.encoder(descriptors) + self.family[family])
+
+    def start(self, descriptors: Any, family: Any) -> StartAction:
+        """Maps descriptors [D] and the model family to gate and modifier."""
+        code = self.code(descriptors, family)
         return StartAction(nn.sigmoid(self.gate), self.modifier(jnp.tanh(self.start_hidden(code))))
 
     def __call__(self, hidden: Any, observation: Observation) -> tuple[Action, Any]:
         """Advances the policy by one decision; `hidden` is [G, H]."""
         num_groups = observation.group.shape[0]
         weights = observation.group_mask[:, None] / jnp.maximum(observation.group_mask.sum(), 1.0)
-        code = jnp.tanh(self.encoder(observation.descriptors))
+        code = self.code(observation.descriptors, observation.family)
         shared = jnp.concatenate([observation.run, code, (weights * hidden).sum(0)])
         inputs = jnp.concatenate([observation.group, jnp.broadcast_to(shared, (num_groups, shared.shape[0]))], axis=-1)
         mixed = jnp.tanh(self.mix(inputs) + self.role[observation.role])
@@ -104,7 +111,7 @@ class ControllerNetwork(nn.Module):
 
     def both(self, hidden: Any, observation: Observation) -> tuple[StartAction, Action, Any]:
         """Runs both parts, so that one `init` makes every parameter."""
-        return self.start(observation.descriptors), *self(hidden, observation)
+        return self.start(observation.descriptors, observation.family), *self(hidden, observation)
 
 
 def init(config: ControllerConfig, *, key: jax.Array) -> dict[str, Any]:
@@ -121,6 +128,7 @@ def init(config: ControllerConfig, *, key: jax.Array) -> dict[str, Any]:
         group=jnp.zeros((1, len(GROUP_FEATURES))),
         run=jnp.zeros(len(GLOBAL_FEATURES)),
         descriptors=jnp.zeros(len(config.descriptors)),
+        family=jnp.zeros((), jnp.int32),
         role=jnp.zeros(1, jnp.int32),
         group_mask=jnp.ones(1),
     )
@@ -129,9 +137,9 @@ def init(config: ControllerConfig, *, key: jax.Array) -> dict[str, Any]:
     return cast("dict[str, Any]", variables["params"])
 
 
-def start(config: ControllerConfig, params: dict[str, Any], descriptors: Any) -> StartAction:
+def start(config: ControllerConfig, params: dict[str, Any], descriptors: Any, family: Any) -> StartAction:
     """Applies the start part; pure."""
-    return cast(StartAction, ControllerNetwork(config).apply({"params": params}, descriptors, method="start"))
+    return cast(StartAction, ControllerNetwork(config).apply({"params": params}, descriptors, family, method="start"))
 
 
 def act(config: ControllerConfig, params: dict[str, Any], hidden: Any, observation: Observation) -> tuple[Action, Any]:

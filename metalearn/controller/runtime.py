@@ -32,13 +32,16 @@ class NumpyNetwork:
         """Units of the recurrent state, per parameter group."""
         return self._params["mix/bias"].shape[0]
 
-    def start(self, descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Maps scaled descriptors [D] to the gate [S] and the modifier before tanh [S]."""
-        code = np.tanh(self._dense("encoder", descriptors))
+    def code(self, descriptors: np.ndarray, family: int) -> np.ndarray:
+        """Maps scaled descriptors [D] and the model family to the code that both parts read."""
+        return np.tanh(self._dense("encoder", descriptors) + self._params["family"][family])
+
+    def start(self, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Maps the code to the gate [S] and the modifier before tanh [S]."""
         return _sigmoid(self._params["gate"]), self._dense("modifier", np.tanh(self._dense("start_hidden", code)))
 
     def act(
-        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, descriptors: np.ndarray, role: np.ndarray
+        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, code: np.ndarray, role: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Advances the policy by one decision.
 
@@ -46,13 +49,12 @@ class NumpyNetwork:
           hidden: [G, H], zeros at the start.
           group: [..., G, F] scaled group features; leading axes are variants of one observation.
           run: [..., F] scaled run features, with the same leading axes.
-          descriptors: [D] scaled.
+          code: of domain and family, from `code`.
           role: int [G].
 
         Returns:
           Action means before tanh, [..., G, A] and [..., B], and the next hidden state.
         """
-        code = np.tanh(self._dense("encoder", descriptors))
         constant = np.concatenate([code, hidden.mean(0)])
         shared = np.concatenate([run, np.broadcast_to(constant, (*run.shape[:-1], constant.size))], axis=-1)
         spread = np.broadcast_to(shared[..., None, :], (*group.shape[:-1], shared.shape[-1]))

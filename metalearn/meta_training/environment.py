@@ -54,6 +54,11 @@ class Environment(Protocol):
         ...
 
     @property
+    def family(self) -> str | None:
+        """Model family, or None if it has no name; see `ControllerConfig.families`."""
+        ...
+
+    @property
     def samples_per_step(self) -> int:
         """Training samples that one step consumes."""
         ...

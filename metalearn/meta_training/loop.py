@@ -1,4 +1,4 @@
-"""The meta-training loop: search for the base, supervised start, policy gradients, validation, release.
+"""The meta-training loop: search for the bases, supervised start, an estimator's iterations, validation.
 
 A killed run resumes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ import numpy as np
 from metalearn.controller.checkpoint import Checkpoint, flatten, save_checkpoint
 from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.errors import InvalidArgumentError, SessionError
-from metalearn.meta_training import ppo, warm_start
+from metalearn.meta_training import warm_start
+from metalearn.meta_training.es import ESConfig
+from metalearn.meta_training.estimator import Estimator, make_estimator
+from metalearn.meta_training.outcome import OutcomeFitConfig, episode_domains, fit_outcome
 from metalearn.meta_training.persistence import Persistence
-from metalearn.meta_training.release import released_prior
+from metalearn.meta_training.ppo import PPOConfig
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior
 from metalearn.meta_training.runner import (
     CHUNK,
@@ -46,35 +49,56 @@ class MetaTrainConfig:
       steps_range: of each pool, the log-uniform range of optimizer steps per interval.
       search_tasks, search_configurations: of each pool, the size of the search for the base.
       told_share: share of episodes whose horizon the controller knows.
+      family_told_share: share of episodes whose model family it knows.
       single_group_share: share of episodes with all parameters in one group.
       validate_every: iterations between evaluations on the validation pools.
       validation_episodes: of each validation pool.
       patience: evaluations without improvement before the run stops.
-      ppo: of the estimator.
+      ppo: of proximal policy optimisation.
+      es: of evolution strategies, which then are the estimator in place of PPO; None for PPO.
+      outcome_rounds: iterations' worth of episodes that the outcome model is fitted on.
+      outcome: of its fit.
     """
 
     seed: int = 0
     num_iterations: int = 80
-    groups_per_pool: tuple[int, ...] = (4, 5, 3)
-    steps_range: tuple[tuple[int, int], ...] = ((16, 96), (16, 96), (24, 128))
-    search_tasks: tuple[int, ...] = (32, 32, 36)
-    search_configurations: tuple[int, ...] = (48, 48, 32)
+    groups_per_pool: tuple[int, ...]
+    steps_range: tuple[tuple[int, int], ...]
+    search_tasks: tuple[int, ...]
+    search_configurations: tuple[int, ...]
     told_share: float = 0.75
+    family_told_share: float = 0.85
     single_group_share: float = 0.3
     validate_every: int = 10
-    validation_episodes: int = 24
+    validation_episodes: int = 16
     patience: int = 8
-    ppo: ppo.PPOConfig = field(default_factory=ppo.PPOConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    es: ESConfig | None = None
+    outcome_rounds: int = 6
+    outcome: OutcomeFitConfig = field(default_factory=OutcomeFitConfig)
 
     def __post_init__(self) -> None:
-        for name in ("num_iterations", "validate_every", "validation_episodes", "patience"):
+        for name in ("num_iterations", "validate_every", "validation_episodes", "patience", "outcome_rounds"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"`{name}` must be a positive int, got {getattr(self, name)}")
-        if sum(self.groups_per_pool) % self.ppo.num_minibatches:
+        if self.es is None and sum(self.groups_per_pool) % self.ppo.num_minibatches:
             raise InvalidArgumentError(
                 f"`groups_per_pool` must sum to a multiple of {self.ppo.num_minibatches} minibatches, "
                 f"got {self.groups_per_pool}"
             )
+
+    @property
+    def estimator(self) -> PPOConfig | ESConfig:
+        """Settings of the estimator in use."""
+        return self.ppo if self.es is None else self.es
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a run must share with another to be taken up.
+
+        Not its length, nor the estimator not in use, nor what comes after the last iteration.
+        """
+        free = {"num_iterations", "patience", "outcome_rounds", "outcome", "es" if self.es is None else "ppo"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -108,6 +132,7 @@ def iteration_chunks(config: MetaTrainConfig, runner: RolloutRunner, iteration: 
                     initialization=int(rng.integers(2**31)),
                     exploration=rng.integers(2**31, size=CHUNK),
                     horizon_told=bool(rng.random() < config.told_share),
+                    family_told=bool(rng.random() < config.family_told_share),
                     single_group=bool(rng.random() < config.single_group_share),
                     num_start=len(CONTROLLED),
                 )
@@ -143,63 +168,61 @@ def evaluate(
       base: force the base start configuration.
 
     Returns:
-      told -> (log-ratio to popularity per episode, name of each episode's domain and pool).
+      told -> (log-ratio to popularity per episode, label of each episode's pool).
     """
     results = {}
     for told in (True, False):
         chunks = validation_chunks(config, runner, horizon_told=told)
         if base:
-            start = np.asarray(prior.base)[int(told)]
-            chunks = [
-                Chunk(
-                    pool=c.pool,
-                    num_steps=c.num_steps,
-                    spec=c.spec._replace(start=np.tile(start, (CHUNK, 1)).astype(np.float32)),
-                )
-                for c in chunks
-            ]
+            chunks = [_at_base(chunk, runner, prior, told=told) for chunk in chunks]
         episodes = runner.run(chunks, params, prior, act=act)
-        names = [f"{runner.pools[c.pool].names[task]}/{c.pool}" for c in chunks for task in c.spec.task]
+        names = [runner.pools[chunk.pool].label for chunk in chunks for _ in chunk.spec.task]
         results[told] = (relative_scores(concatenate(episodes)), names)
     return results
 
 
+def _at_base(chunk: Chunk, runner: RolloutRunner, prior: Prior, *, told: bool) -> Chunk:
+    """Returns the chunk with its start forced to the base of its family."""
+    family = runner.pools[chunk.pool].environment.family
+    row = runner.config.family_index(family if family in runner.config.families else None)
+    start = np.asarray(prior.base)[row, int(told)]
+    return replace(chunk, spec=chunk.spec._replace(start=np.tile(start, (CHUNK, 1)).astype(np.float32)))
+
+
 def prepare(
-    config: MetaTrainConfig, controller: ControllerConfig, runner: RolloutRunner, persistence: Persistence, log: Log
+    config: MetaTrainConfig,
+    controller: ControllerConfig,
+    estimator: Estimator,
+    runner: RolloutRunner,
+    persistence: Persistence,
+    log: Log,
 ) -> MetaTrainState:
-    """Settles base, normaliser and supervised start by one search."""
-    params = ppo.init(controller, config.ppo, key=jax.random.key(config.seed))
+    """Settles bases, normaliser and supervised start by one search."""
+    params = estimator.init(key=jax.random.key(config.seed))
     guess = np.array(
         [controller.space[n].encode(v) for n, v in zip(CONTROLLED, (0.03, 0.34, 0.9, 0.1), strict=True)], np.float32
     )
-    prior = Prior(np.stack([guess, guess]), warm_start.identity_normalizer(controller))
+    prior = Prior(_everywhere(guess, controller), warm_start.identity_normalizer(controller))
     began = time.monotonic()
-    result = warm_start.SearchResult(
-        **persistence.cached_arrays(
-            "search.npz",
-            lambda: vars(
-                warm_start.run_search(
-                    runner,
-                    params,
-                    prior,
-                    tasks_per_pool=config.search_tasks,
-                    configurations=config.search_configurations,
-                    steps_range=config.steps_range,
-                    told_share=config.told_share,
-                    seed=config.seed,
-                )
-            ),
-        )
+    result = warm_start.run_search(
+        runner,
+        params,
+        prior,
+        tasks_per_pool=config.search_tasks,
+        configurations=config.search_configurations,
+        steps_range=config.steps_range,
+        told_share=config.told_share,
+        seed=config.seed,
+        keep=persistence.cached_arrays,
     )
     record: dict[str, Any] = {"phase": "search", "trials": len(result.score), "seconds": time.monotonic() - began}
-    bases = []
-    for told, label in ((False, "base_unknown"), (True, "base")):
-        base, score = warm_start.choose_base(_rows(result, result.told == told), controller, seed=config.seed)
-        decoded = zip(CONTROLLED, base.tolist(), strict=True)
-        record |= {f"{label}_{name}": controller.space[name].decode(value) for name, value in decoded}
-        record[f"{label}_gain"] = score
-        bases.append(base)
-    prior = prior._replace(base=np.stack(bases))
+    bases, gains = warm_start.choose_bases(result, controller, seed=config.seed)
+    for family, told in np.ndindex(gains.shape):
+        label = f"base/{(*controller.families, 'other')[family - 1]}/{'known' if told else 'unknown'}"
+        decoded = zip(CONTROLLED, bases[family, told].tolist(), strict=True)
+        record |= {f"{label}/{name}": controller.space[name].decode(value) for name, value in decoded}
+        record[f"{label}/gain"] = float(gains[family, told])
+    prior = prior._replace(base=bases)
     log(record)
 
     exploratory = [
@@ -207,13 +230,21 @@ def prepare(
     ]
     episodes = runner.run(exploratory, params, prior, explore=1.5)
     prior = prior._replace(normalizer=warm_start.fit_normalizer(episodes, np.random.default_rng([config.seed, 3])))
-    fitted, predicted = warm_start.fit_start(result, controller, params.network, prior, seed=config.seed)
+    fitted, predicted = warm_start.fit_start(
+        result, controller, params.network, prior, seed=config.seed, family_told_share=config.family_told_share
+    )
     log({"phase": "supervised start", "predicted_first": float(predicted[0]), "predicted_last": float(predicted[-1])})
-    params = params._replace(network=fitted)
+    return _fresh(config, estimator, runner, params._replace(network=fitted), prior)
+
+
+def _fresh(
+    config: MetaTrainConfig, estimator: Estimator, runner: RolloutRunner, params: PolicyParams, prior: Prior
+) -> MetaTrainState:
+    """Makes the state before the first iteration."""
     return MetaTrainState(
         iteration=0,
         params=params,
-        optimizer_state=ppo.optimizer(config.ppo).init(params),
+        optimizer_state=estimator.start(runner, params, prior, iteration_chunks(config, runner, 0)),
         prior=prior,
         best=params,
         best_iteration=0,
@@ -224,9 +255,9 @@ def prepare(
     )
 
 
-def _rows(result: warm_start.SearchResult, rows: np.ndarray) -> warm_start.SearchResult:
-    chosen = rows if rows.any() else np.ones_like(rows)
-    return warm_start.SearchResult(**{name: value[chosen] for name, value in vars(result).items()})
+def _everywhere(base: np.ndarray, controller: ControllerConfig) -> np.ndarray:
+    """Spreads one base [S] over families and horizons, [1 + families, 2, S]."""
+    return np.broadcast_to(base, (1 + len(controller.families), 2, len(CONTROLLED))).astype(np.float32)
 
 
 def meta_train(
@@ -239,14 +270,13 @@ def meta_train(
     log: Log,
     provenance: dict[str, Any],
 ) -> Checkpoint:
-    """Meta-trains a controller, resuming from `directory` if it holds an unfinished run of the same config.
+    """Meta-trains a controller, resuming from `directory` if it holds a run of the same config, of whatever length.
 
     Args:
       config: settings.
       controller: architecture.
       pools: tasks to learn from, one pool a size.
-      validation_pools: tasks of domains that are only ever evaluated; they choose the iteration that is released, and
-        the base that it stands on.
+      validation_pools: tasks of domains that are only ever evaluated; they choose the iteration that is released.
       directory: Orbax checkpoints, the search, the baseline's scores, and the best checkpoint so far.
       log: called with a flat dict at every iteration.
       provenance: kept in the checkpoint.
@@ -256,12 +286,12 @@ def meta_train(
     """
     runner, validation_runner = RolloutRunner(pools, controller), RolloutRunner(validation_pools, controller)
     pool_names = [pool.names for pool in (*pools, *validation_pools)]
-    identity = {"config": asdict(config), "controller": asdict(controller), "pools": pool_names}
+    identity = {"config": config.identity(), "controller": asdict(controller), "pools": pool_names}
     with Persistence(directory, json.dumps(identity, sort_keys=True)) as persistence:
-        template = MetaTrainStateTemplate(config, controller)
-        state = persistence.restore(template)
+        estimator = make_estimator(controller, config.estimator)
+        state = persistence.restore(lambda: _template(config, controller, estimator, runner))
         if state is None:
-            state = prepare(config, controller, runner, persistence, log)
+            state = prepare(config, controller, estimator, runner, persistence, log)
             persistence.save(state)
         baseline = persistence.cached(
             "baseline.json",
@@ -272,7 +302,6 @@ def meta_train(
                 ).items()
             },
         )
-        update = ppo.make_update(controller, config.ppo)
         while True:
             due = state.iteration % config.validate_every == 0 or state.iteration == config.num_iterations
             if due and state.validated != state.iteration:
@@ -282,29 +311,53 @@ def meta_train(
                     save_checkpoint(_released(state, config, controller, provenance), directory / "best.safetensors")
             if state.iteration >= config.num_iterations or state.stale >= config.patience:
                 break
-            _iterate(config, runner, state, update, log)
-    # Slices want another base than whole domains, and the trained policy has its say too: see `release`.
-    state.prior, records = released_prior(
-        validation_runner,
-        state.best,
+            _iterate(config, estimator, runner, state, log)
+    released = _released(state, config, controller, provenance)
+    outcome, record = _fit_outcome(config, (runner, validation_runner), state)
+    log({"phase": "outcome model", **record})
+    return replace(released, outcome=outcome, provenance={**released.provenance, "outcome": record})
+
+
+def _fit_outcome(
+    config: MetaTrainConfig, runners: tuple[RolloutRunner, RolloutRunner], state: MetaTrainState
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Fits the outcome model to runs of the released policy; the validation domains stop and calibrate it.
+
+    In every second group the start configurations are random, so that it learns what they are worth.
+    """
+    episodes: list[Episode] = []
+    domains: list[str] = []
+    for part, runner in enumerate(runners):
+        chunks = []
+        for index in range(config.outcome_rounds):
+            rng = np.random.default_rng([config.seed, 4, part, index])
+            for position, chunk in enumerate(iteration_chunks(config, runner, 2**21 + index)):
+                start = warm_start.draw_configurations(CHUNK, runner.config, rng).astype(np.float32)
+                spec = chunk.spec._replace(start=start) if position % 2 else chunk.spec
+                chunks.append(replace(chunk, spec=spec))
+        episodes += runner.run(chunks, state.best, state.prior, explore=1.0, label="outcome model")
+        labels = episode_domains(runner, chunks)
+        domains += [f"validation/{label}" for label in labels] if part else labels
+    return fit_outcome(
+        concatenate(episodes),
+        domains,
+        runners[0].config,
         state.prior,
-        num_steps=max(steps for _, steps in config.steps_range),
+        settings=config.outcome,
+        validation_domains={name for name in domains if name.startswith("validation/")},
         seed=config.seed,
-        log=log,
     )
-    return _released(state, config, controller, {**provenance, "release_base": records})
 
 
-def _iterate(config: MetaTrainConfig, runner: RolloutRunner, state: MetaTrainState, update: Any, log: Log) -> None:
-    """Rolls out one batch of groups and updates the policy."""
-    began = time.monotonic()
+def _iterate(
+    config: MetaTrainConfig, estimator: Estimator, runner: RolloutRunner, state: MetaTrainState, log: Log
+) -> None:
+    """Runs one iteration's groups and updates the policy."""
     chunks = iteration_chunks(config, runner, state.iteration)
-    label = f"iteration {state.iteration}"
-    episodes = concatenate(runner.run(chunks, state.params, state.prior, explore=1.0, label=label))
-    rolled = time.monotonic()
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.iteration)
-    state.params, state.optimizer_state, metrics = update(
-        state.params, state.optimizer_state, state.prior, episodes, key
+    label = f"iteration {state.iteration}"
+    state.params, state.optimizer_state, metrics = estimator.step(
+        runner, state.params, state.optimizer_state, state.prior, chunks, key=key, label=label
     )
     state.iteration += 1
     log(
@@ -312,12 +365,7 @@ def _iterate(config: MetaTrainConfig, runner: RolloutRunner, state: MetaTrainSta
             "phase": "train",
             "iteration": state.iteration,
             "episodes": state.iteration * CHUNK * len(chunks),
-            "rollout_seconds": rolled - began,
-            "update_seconds": time.monotonic() - rolled,
-            **ppo.summarize(episodes),
-            **{name: float(value) for name, value in metrics.items()},
-            "log_std": float(np.mean(state.params.log_std)),
-            **_by_family(episodes, runner, chunks),
+            **metrics,
         }
     )
 
@@ -341,16 +389,6 @@ def _released(
     )
 
 
-def _by_family(episodes: Episode, runner: RolloutRunner, chunks: Sequence[Chunk]) -> dict[str, float]:
-    """Mean return by size and by real or simulated."""
-    total = episodes.reward.sum(1).reshape(-1, CHUNK).mean(1)
-    families: dict[str, list[float]] = {}
-    for value, chunk in zip(total, chunks, strict=True):
-        kind = "simulated" if runner.pools[chunk.pool].names[int(chunk.spec.task[0])] == "simulated" else "real"
-        families.setdefault(f"return/{kind}/{chunk.pool}", []).append(float(value))
-    return {name: float(np.mean(values)) for name, values in sorted(families.items())}
-
-
 def _validate(
     config: MetaTrainConfig, runner: RolloutRunner, state: MetaTrainState, baseline: dict[str, Any], log: Log
 ) -> None:
@@ -362,9 +400,8 @@ def _validate(
         label = "known" if told else "unknown"
         record[f"validation/gain/{label}"] = float(gain.mean())
         record[f"validation/won/{label}"] = float((gain > 0).mean())
-        pools = np.array([name.rsplit("/", 1)[1] for name in names])
-        for pool in sorted(set(pools)):
-            record[f"validation/gain/{label}/{pool}"] = float(gain[pools == pool].mean())
+        for pool in sorted(set(names)):
+            record[f"validation/gain/{label}/{pool}"] = float(gain[np.array(names) == pool].mean())
     overall = 0.75 * record["validation/gain/known"] + 0.25 * record["validation/gain/unknown"]
     log(
         {
@@ -388,24 +425,9 @@ def _validate(
         state.stale += 1
 
 
-class MetaTrainStateTemplate:
+def _template(
+    config: MetaTrainConfig, controller: ControllerConfig, estimator: Estimator, runner: RolloutRunner
+) -> MetaTrainState:
     """Makes a state of the right shapes, which a restored one is read into."""
-
-    def __init__(self, config: MetaTrainConfig, controller: ControllerConfig) -> None:
-        self._config, self._controller = config, controller
-
-    def __call__(self) -> MetaTrainState:
-        params = ppo.init(self._controller, self._config.ppo, key=jax.random.key(0))
-        base = np.zeros((2, len(CONTROLLED)), np.float32)
-        return MetaTrainState(
-            iteration=0,
-            params=params,
-            optimizer_state=ppo.optimizer(self._config.ppo).init(params),
-            prior=Prior(base, warm_start.identity_normalizer(self._controller)),
-            best=params,
-            best_iteration=0,
-            best_validation=-np.inf,
-            best_log={},
-            stale=0,
-            validated=-1,
-        )
+    prior = Prior(_everywhere(np.zeros(len(CONTROLLED)), controller), warm_start.identity_normalizer(controller))
+    return _fresh(config, estimator, runner, estimator.init(key=jax.random.key(0)), prior)

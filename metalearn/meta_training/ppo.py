@@ -9,8 +9,10 @@ Shape legend: N episode, T decision, G parameter group, A group action, B global
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from time import monotonic
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -22,8 +24,8 @@ from flax import linen as nn
 from metalearn.controller import network
 from metalearn.controller.config import CONTROLLED, GROUP_CONTROLLED, ControllerConfig
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior, observe
-from metalearn.meta_training.runner import CHUNK
-from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, SignalFeatures
+from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, returns_by_pool
+from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, SignalFeatures, percentile_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,10 @@ class PPOConfig:
     entropy: float = 1e-3
     start_weight: float = 0.1
     transfer_penalty: float = 0.02
+
+
+MAX_LOG_RATIO = 10.0
+"""Of the probability ratio: what an action far from the new mean would else make of a float32."""
 
 
 class Critic(nn.Module):
@@ -88,6 +94,7 @@ def init(config: ControllerConfig, settings: PPOConfig, *, key: jax.Array) -> Po
         jnp.zeros((1, len(GROUP_FEATURES))),
         jnp.zeros(len(GLOBAL_FEATURES)),
         jnp.zeros(len(config.descriptors)),
+        jnp.zeros((), jnp.int32),
         jnp.zeros(1, jnp.int32),
         jnp.ones(1),
     )
@@ -116,22 +123,21 @@ def _replay(
     split = len(GROUP_CONTROLLED)
 
     def one(hidden, inputs):
-        group, run, action = inputs
-        observation, _ = observe(
-            SignalFeatures(group, run), episode.descriptors, prior, episode.role, episode.group_mask
+        group, run, group_action, run_action = inputs
+        observation = observe(
+            SignalFeatures(group, run), episode.descriptors, episode.family, prior, episode.role, episode.group_mask
         )
         mean, hidden = network.act(config, params.network, hidden, observation)
-        taken = action[: num_groups * split].reshape(num_groups, split)
-        log_prob = (_log_normal(taken, mean.group, params.log_std[:split]) * episode.group_mask[:, None]).sum()
-        log_prob += _log_normal(action[num_groups * split :], mean.run, params.log_std[split:]).sum()
+        log_prob = (_log_normal(group_action, mean.group, params.log_std[:split]) * episode.group_mask[:, None]).sum()
+        log_prob += _log_normal(run_action, mean.run, params.log_std[split:]).sum()
         value = Critic().apply({"params": params.critic}, observation)
         return hidden, (log_prob, value)
 
     hidden = jnp.zeros((num_groups, config.hidden_size))
-    _, (log_prob, value) = jax.lax.scan(one, hidden, (episode.group, episode.run, episode.action))
-    first = SignalFeatures(episode.group[0], episode.run[0])
-    observation, _ = observe(first, episode.descriptors, prior, episode.role, episode.group_mask)
-    proposal = network.start(config, params.network, observation.descriptors)
+    inputs = (episode.group, episode.run, episode.group_action, episode.run_action)
+    _, (log_prob, value) = jax.lax.scan(one, hidden, inputs)
+    scaled = percentile_scale(episode.descriptors, prior.normalizer.descriptors, jnp)
+    proposal = network.start(config, params.network, scaled, episode.family)
     start_log_prob = _log_normal(episode.start_action, proposal.modifier, params.start_log_std).sum()
     return log_prob, value, start_log_prob, proposal.gate * jnp.tanh(proposal.modifier)
 
@@ -172,7 +178,7 @@ def make_update(config: ControllerConfig, settings: PPOConfig) -> Any:
         )
 
     def surrogate(new, old, advantage):
-        ratio = jnp.exp(new - old)
+        ratio = jnp.exp(jnp.clip(new - old, -MAX_LOG_RATIO, MAX_LOG_RATIO))
         return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - settings.clip, 1 + settings.clip) * advantage).mean()
 
     def loss_fn(params, prior, episodes, target: Targets):
@@ -220,6 +226,54 @@ def make_update(config: ControllerConfig, settings: PPOConfig) -> Any:
         return params, state, jax.tree.map(jnp.mean, metrics)
 
     return update
+
+
+class PPO:
+    """Fulfils `metalearn.meta_training.estimator.Estimator`; an iteration is one batch of rollouts.
+
+    Args:
+      config: of the controller.
+      settings: of the estimator.
+    """
+
+    def __init__(self, config: ControllerConfig, settings: PPOConfig) -> None:
+        self._config, self._settings = config, settings
+
+    def init(self, *, key: jax.Array) -> PolicyParams:
+        """Makes policy and critic parameters."""
+        return init(self._config, self._settings, key=key)
+
+    def start(self, runner: RolloutRunner, params: PolicyParams, prior: Prior, chunks: Sequence[Chunk]) -> Any:
+        """Makes the state of Adam, which is all there is."""
+        return optimizer(self._settings).init(params)
+
+    def step(
+        self,
+        runner: RolloutRunner,
+        params: PolicyParams,
+        state: Any,
+        prior: Prior,
+        chunks: Sequence[Chunk],
+        *,
+        key: jax.Array,
+        label: str | None = None,
+    ) -> tuple[PolicyParams, Any, dict[str, float]]:
+        """Rolls out every group with action noise, and updates policy and critic."""
+        began = monotonic()
+        episodes = concatenate(runner.run(chunks, params, prior, explore=1.0, label=label))
+        rolled = monotonic()
+        update = make_update(self._config, self._settings)
+        params, state, metrics = update(params, state, prior, episodes, key)
+        record = {
+            "rollout_seconds": rolled - began,
+            "update_seconds": monotonic() - rolled,
+            "inner_steps": float(sum(CHUNK * self._config.num_decisions * chunk.num_steps for chunk in chunks)),
+            **summarize(episodes),
+            **{name: float(value) for name, value in metrics.items()},
+            "log_std": float(np.mean(params.log_std)),
+            **returns_by_pool(runner, chunks, episodes.reward.sum(1).reshape(-1, CHUNK)),
+        }
+        return params, state, record
 
 
 def summarize(episodes: Episode) -> dict[str, float]:

@@ -51,6 +51,8 @@ class EpisodeSpec(NamedTuple):
     """seed of the action noise"""
     horizon_told: Any
     """bool: whether the controller knows the horizon"""
+    family_told: Any
+    """bool: whether it knows the model family"""
     single_group: Any
     """bool: whether all parameters are one group"""
     start: Any
@@ -72,7 +74,7 @@ class Prior(NamedTuple):
     """What a controller holds besides its networks."""
 
     base: Any
-    """[2, S] base configuration in unit ranges: without, and with a known horizon"""
+    """[1 + families, 2, S] base configuration in unit ranges; see `Checkpoint`"""
     normalizer: Normalizer
 
 
@@ -81,6 +83,8 @@ class Episode(NamedTuple):
 
     descriptors: Any
     """[D] raw"""
+    family: Any
+    """int, as the controller was told"""
     group: Any
     """[T - 1, G, F] raw features before each in-run action"""
     run: Any
@@ -91,8 +95,10 @@ class Episode(NamedTuple):
     """[G]"""
     start_action: Any
     """[S] before tanh"""
-    action: Any
-    """[T - 1, G A + B] before tanh"""
+    group_action: Any
+    """[T - 1, G, A] before tanh"""
+    run_action: Any
+    """[T - 1, B]"""
     reward: Any
     """[T]"""
     score: Any
@@ -110,23 +116,23 @@ def normalized(metric: Any, floor: Any) -> Any:
     return jnp.log((metric + REWARD_OFFSET) / (floor + REWARD_OFFSET))
 
 
-def observe(episode_features: SignalFeatures, descriptors: Any, prior: Prior, role: Any, group_mask: Any):
-    """Scales raw features and descriptors to what the network sees, and the trust they deserve."""
-    scaled_descriptors = percentile_scale(descriptors, prior.normalizer.descriptors, jnp)
-    observation = network.Observation(
-        percentile_scale(episode_features.group, prior.normalizer.group, jnp) * group_mask[:, None],
-        percentile_scale(episode_features.run, prior.normalizer.run, jnp),
-        scaled_descriptors,
+def observe(
+    features: SignalFeatures, descriptors: Any, family: Any, prior: Prior, role: Any, group_mask: Any
+) -> network.Observation:
+    """Scales raw features and descriptors to what the network sees."""
+    return network.Observation(
+        percentile_scale(features.group, prior.normalizer.group, jnp) * group_mask[:, None],
+        percentile_scale(features.run, prior.normalizer.run, jnp),
+        percentile_scale(descriptors, prior.normalizer.descriptors, jnp),
+        family,
         role,
         group_mask,
     )
-    return observation, confidence(out_of_range(scaled_descriptors, jnp), jnp)
 
 
 class _Run(NamedTuple):
     """What is fixed during one episode."""
 
-    task: Any
     steps: Any
     """float32, optimizer steps of an interval"""
     horizon: Any
@@ -134,6 +140,7 @@ class _Run(NamedTuple):
     epochs_per_interval: Any
     descriptors: Any
     """[D] raw"""
+    family: Any
     role: Any
     group_mask: Any
     trust: Any
@@ -160,12 +167,13 @@ def _describe(
     )
     descriptors = jnp.concatenate([profile, budget])
     scaled = percentile_scale(descriptors, prior.normalizer.descriptors, jnp)
+    family = config.family_index(environment.family if environment.family in config.families else None)
     return _Run(
-        task=task,
         steps=steps,
         horizon=jnp.where(spec.horizon_told, steps * config.num_decisions, jnp.nan),
         epochs_per_interval=epochs_per_interval,
         descriptors=descriptors,
+        family=jnp.where(spec.family_told, family, 0),
         role=jnp.array([ROLES.index(role) for role in environment.roles], jnp.int32),
         group_mask=jnp.where(spec.single_group, jnp.arange(environment.num_groups) == 0, True).astype(jnp.float32),
         trust=confidence(out_of_range(scaled, jnp), jnp),
@@ -177,10 +185,10 @@ def _start(
 ) -> tuple[Position, Any]:
     """Draws the start action; returns the position, the forced one if there is one, and the action before tanh."""
     scaled = percentile_scale(run.descriptors, prior.normalizer.descriptors, jnp)
-    proposal = network.start(config, params.network, scaled)
+    proposal = network.start(config, params.network, scaled, run.family)
     noise = jax.random.normal(key, proposal.modifier.shape) * jnp.exp(params.start_log_std)
     action = proposal.modifier + explore * noise
-    base = prior.base[spec.horizon_told.astype(jnp.int32)]
+    base = prior.base[run.family, spec.horizon_told.astype(jnp.int32)]
     position = start_position(base, proposal.gate, jnp.tanh(action), run.trust, config, run.role.shape[0], jnp)
     forced = jnp.isfinite(spec.start).all()
     split = position.group_start.shape[1]
@@ -235,6 +243,125 @@ def _act(
     return group, mean.run + noise[num_groups * split :] * jnp.exp(params.log_std[split:]), hidden
 
 
+class RolloutState(NamedTuple):
+    """Where an episode stands between two decisions: all of it arrays, so that it can wait, move or be saved."""
+
+    run: _Run
+    environment: Any
+    history: SignalHistory
+    hidden: Any
+    """[G, H] of the recurrent policy"""
+    position: Position
+    best: Any
+    """validation metric, 0 before the first"""
+    decision: Any
+    """int32, decisions made"""
+    start_action: Any
+    """[S] before tanh"""
+
+
+class Steps(NamedTuple):
+    """What some consecutive decisions of one episode recorded; K of them."""
+
+    features: SignalFeatures
+    """raw, after each interval"""
+    group_action: Any
+    """[K, G, A] before tanh"""
+    run_action: Any
+    """[K, B]"""
+    reward: Any
+    """[K], without what `finish` adds to the last"""
+    validation: Any
+    """[K]"""
+    values: Values
+    """[K, ...] in force during the interval before each"""
+
+
+def begin(
+    environment: Environment,
+    config: ControllerConfig,
+    params: PolicyParams,
+    prior: Prior,
+    task: Any,
+    profile: Any,
+    spec: EpisodeSpec,
+    num_steps: Any,
+    *,
+    explore: Any,
+) -> RolloutState:
+    """Initialises a model and places the run; the arguments are those of `rollout`, of one task."""
+    key_start, _ = jax.random.split(jax.random.key(spec.exploration))
+    run = _describe(environment, config, prior, task, profile, spec, num_steps)
+    position, start_action = _start(config, params, prior, run, spec, key_start, explore)
+    return RolloutState(
+        run=run,
+        environment=environment.reset(task, key=jax.random.fold_in(jax.random.key(spec.initialization), 0)),
+        history=initial_history(environment.num_groups, jnp, jnp.float32),
+        hidden=jnp.zeros((environment.num_groups, config.hidden_size)),
+        position=position,
+        best=jnp.zeros(()),
+        decision=jnp.int32(0),
+        start_action=start_action,
+    )
+
+
+def advance(
+    environment: Environment,
+    config: ControllerConfig,
+    params: PolicyParams,
+    prior: Prior,
+    task: Any,
+    spec: EpisodeSpec,
+    num_steps: Any,
+    state: RolloutState,
+    num_decisions: int,
+    *,
+    explore: Any,
+    act: Any,
+) -> tuple[RolloutState, Steps]:
+    """Runs the next `num_decisions` intervals; the other arguments are those of `rollout`, of one task."""
+    key_model = jax.random.key(spec.initialization)
+    _, key_actions = jax.random.split(jax.random.key(spec.exploration))
+    run = state.run
+
+    def interval(carry: Any, index: Any) -> Any:
+        state, history, hidden, position, best = carry
+        in_force = values(position, config, jnp)
+        plan = Plan(num_steps, index * num_steps, run.horizon, spec.single_group)
+        state, statistics = environment.step(task, state, in_force, plan, key=jax.random.fold_in(key_model, index + 1))
+        features, history = _signals(config, run, statistics, in_force, position, history, index)
+        validation = jnp.where(jnp.isfinite(statistics.validation), statistics.validation, 0.0)
+        new_best = jnp.maximum(best, validation)
+        reward = normalized(new_best, task.validation_floor) - normalized(best, task.validation_floor)
+        reward = reward - jnp.where(statistics.nonfinite > 0, NONFINITE_PENALTY, 0.0)
+        observation = observe(features, run.descriptors, run.family, prior, run.role, run.group_mask)
+        key = jax.random.fold_in(key_actions, index)
+        group, of_run, hidden = _act(config, params, hidden, observation, spec.single_group, key, explore)
+        position = move(position, group, of_run, jnp.where(act, run.trust, 0.0), config, jnp)
+        return (state, history, hidden, position, new_best), Steps(
+            features, group, of_run, reward, validation, in_force
+        )
+
+    carry = (state.environment, state.history, state.hidden, state.position, state.best)
+    carry, steps = jax.lax.scan(interval, carry, state.decision + jnp.arange(num_decisions))
+    environment_state, history, hidden, position, best = carry
+    state = state._replace(
+        environment=environment_state,
+        history=history,
+        hidden=hidden,
+        position=position,
+        best=best,
+        decision=state.decision + num_decisions,
+    )
+    return state, steps
+
+
+def finish(environment: Environment, task: Any, state: RolloutState) -> tuple[Any, Any]:
+    """Returns the test metric of a finished episode, and what it adds to the last reward."""
+    score = environment.score(task, state.environment)
+    return score, normalized(score, task.test_floor) - normalized(state.best, task.validation_floor)
+
+
 def rollout(
     environment: Environment,
     config: ControllerConfig,
@@ -258,51 +385,24 @@ def rollout(
       act: False runs the base schedule from the start configuration.
     """
     task = jax.tree.map(lambda leaf: leaf[spec.task], tasks)
-    key_model = jax.random.key(spec.initialization)
-    key_start, key_actions = jax.random.split(jax.random.key(spec.exploration))
-    run = _describe(environment, config, prior, task, profiles[spec.task], spec, num_steps)
-    position, start_action = _start(config, params, prior, run, spec, key_start, explore)
-
-    def interval(carry: Any, index: Any) -> Any:
-        state, history, hidden, position, best = carry
-        in_force = values(position, config, jnp)
-        plan = Plan(num_steps, index * num_steps, run.horizon, spec.single_group)
-        state, statistics = environment.step(task, state, in_force, plan, key=jax.random.fold_in(key_model, index + 1))
-        features, history = _signals(config, run, statistics, in_force, position, history, index)
-        validation = jnp.where(jnp.isfinite(statistics.validation), statistics.validation, 0.0)
-        new_best = jnp.maximum(best, validation)
-        reward = normalized(new_best, task.validation_floor) - normalized(best, task.validation_floor)
-        reward = reward - jnp.where(statistics.nonfinite > 0, NONFINITE_PENALTY, 0.0)
-        observation, _ = observe(features, run.descriptors, prior, run.role, run.group_mask)
-        key = jax.random.fold_in(key_actions, index)
-        group, of_run, hidden = _act(config, params, hidden, observation, spec.single_group, key, explore)
-        position = move(position, group, of_run, jnp.where(act, run.trust, 0.0), config, jnp)
-        action = jnp.concatenate([group.reshape(-1), of_run])
-        return (state, history, hidden, position, new_best), (features, action, reward, validation, in_force)
-
-    carry = (
-        environment.reset(task, key=jax.random.fold_in(key_model, 0)),
-        initial_history(environment.num_groups, jnp, jnp.float32),
-        jnp.zeros((environment.num_groups, config.hidden_size)),
-        position,
-        jnp.zeros(()),
+    state = begin(environment, config, params, prior, task, profiles[spec.task], spec, num_steps, explore=explore)
+    state, steps = advance(
+        environment, config, params, prior, task, spec, num_steps, state, config.num_decisions, explore=explore, act=act
     )
-    carry, (features, action, reward, validation, in_force) = jax.lax.scan(
-        interval, carry, jnp.arange(config.num_decisions)
-    )
-    score = environment.score(task, carry[0])
-    final = normalized(score, task.test_floor) - normalized(carry[-1], task.validation_floor)
+    score, final = finish(environment, task, state)
     return Episode(
-        descriptors=run.descriptors,
-        group=features.group[:-1],
-        run=features.run[:-1],
-        role=run.role,
-        group_mask=run.group_mask,
-        start_action=start_action,
-        action=action[:-1],
-        reward=reward.at[-1].add(final),
+        descriptors=state.run.descriptors,
+        family=state.run.family,
+        group=steps.features.group[:-1],
+        run=steps.features.run[:-1],
+        role=state.run.role,
+        group_mask=state.run.group_mask,
+        start_action=state.start_action,
+        group_action=steps.group_action[:-1],
+        run_action=steps.run_action[:-1],
+        reward=steps.reward.at[-1].add(final),
         score=score,
         floor=task.test_floor,
-        validation=validation,
-        values=in_force,
+        validation=steps.validation,
+        values=steps.values,
     )

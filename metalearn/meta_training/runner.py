@@ -8,11 +8,12 @@ side.
 from __future__ import annotations
 
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,18 @@ from tqdm.auto import tqdm
 
 from metalearn.controller.config import ControllerConfig
 from metalearn.meta_training.environment import Environment
-from metalearn.meta_training.rollout import Episode, EpisodeSpec, PolicyParams, Prior, normalized, rollout
+from metalearn.meta_training.rollout import (
+    Episode,
+    EpisodeSpec,
+    PolicyParams,
+    Prior,
+    RolloutState,
+    advance,
+    begin,
+    finish,
+    normalized,
+    rollout,
+)
 
 CHUNK = 8
 """Episodes of one compiled call; also the size of a group of rollouts that share task and initialisation."""
@@ -36,6 +48,11 @@ class TaskPool(Protocol):
 
     @property
     def environment(self) -> Environment: ...
+
+    @property
+    def label(self) -> str:
+        """Family and size, for logs."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -55,6 +72,36 @@ class Chunk:
     num_steps: int
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Window:
+    """Some consecutive decisions of a chunk's episodes, on mean actions, each episode under a policy of its own.
+
+    Args:
+      chunk: the episodes.
+      params: policies; leaves have a leading axis of CHUNK.
+      state: where the episodes stand, as `WindowResult.state`; None begins them.
+      num_decisions: decisions to make, no more than are left.
+    """
+
+    chunk: Chunk
+    params: PolicyParams
+    state: RolloutState | None
+    num_decisions: int
+
+
+class WindowResult(NamedTuple):
+    """What became of a window's episodes."""
+
+    state: RolloutState
+    """leaves have a leading axis of CHUNK, as below"""
+    reward: np.ndarray
+    """[CHUNK, num_decisions]"""
+    status: np.ndarray
+    """`Status` after the window"""
+    score: np.ndarray
+    """test metric, NaN while the episodes are under way"""
+
+
 def make_chunk(
     pool: int,
     num_steps: int,
@@ -63,6 +110,7 @@ def make_chunk(
     initialization: Any,
     exploration: Any = 0,
     horizon_told: Any = True,
+    family_told: Any = True,
     single_group: Any = False,
     start: np.ndarray | None = None,
     num_start: int,
@@ -81,6 +129,7 @@ def make_chunk(
             column(initialization, np.uint32),
             column(exploration, np.uint32),
             column(horizon_told, bool),
+            column(family_told, bool),
             column(single_group, bool),
             np.array(np.broadcast_to(np.asarray(forced, np.float32), (CHUNK, num_start))),
         ),
@@ -102,9 +151,11 @@ class RolloutRunner:
         self.pools = tuple(pools)
         self.config = config
         self.devices = tuple(devices or jax.local_devices())
-        self._functions = [
-            _compiled_rollouts(pool.environment, config, self.devices[0].platform) for pool in self.pools
-        ]
+        self._pace = [1.0] * len(self.pools)
+        """seconds per optimizer step of each pool, as last measured"""
+        platform = self.devices[0].platform
+        self._functions = [_compiled_rollouts(pool.environment, config, platform) for pool in self.pools]
+        self._windows = [_compiled_windows(pool.environment, config, platform) for pool in self.pools]
 
     def run(
         self,
@@ -126,24 +177,110 @@ class RolloutRunner:
           label: of a progress bar; None shows none, and neither does anything but a terminal.
         """
         params, prior = jax.tree.map(np.asarray, (params, prior))
-        sizes = [jax.tree.leaves(pool.tasks)[0][0].size for pool in self.pools]
-        cost = [chunk.num_steps * sizes[chunk.pool] for chunk in chunks]
+
+        def on(device: Any) -> Callable[[int], Episode]:
+            local = jax.device_put((params, prior, np.float32(explore), np.bool_(act)), device)
+
+            def run_chunk(index: int) -> Episode:
+                chunk = chunks[index]
+                inputs = (*_gather(self.pools[chunk.pool], chunk.spec), np.int32(chunk.num_steps))
+                episode = self._functions[chunk.pool](*local, *jax.device_put(inputs, device))
+                return jax.tree.map(np.asarray, episode)
+
+            return run_chunk
+
+        return self._distribute(chunks, [1.0] * len(chunks), on, label)
+
+    def advance(self, windows: Sequence[Window], prior: Prior, *, label: str | None = None) -> list[WindowResult]:
+        """Runs windows of episodes, the longest first, and returns what became of them in the order given.
+
+        Windows that follow one another under the same policy are the whole episode of `run`, to the bit.
+
+        Args:
+          windows: of different chunks.
+          prior: base configuration and normaliser.
+          label: of a progress bar, as in `run`.
+        """
+        prior = jax.tree.map(np.asarray, prior)
+        horizon = self.config.num_decisions
+
+        def on(device: Any) -> Callable[[int], WindowResult]:
+            local = jax.device_put(prior, device)
+
+            def run_window(index: int) -> WindowResult:
+                window = windows[index]
+                compiled = self._windows[window.chunk.pool]
+                tasks, profiles, spec, num_steps, params, state = jax.device_put(
+                    (
+                        *_gather(self.pools[window.chunk.pool], window.chunk.spec),
+                        np.int32(window.chunk.num_steps),
+                        window.params,
+                        window.state,
+                    ),
+                    device,
+                )
+                if state is None:
+                    state = compiled.begin(params, local, tasks, profiles, spec, num_steps)
+                    # As a state that comes back: weakly typed leaves would compile another program.
+                    state = jax.device_put(jax.tree.map(np.asarray, state), device)
+                state, reward, status = compiled.advance(
+                    params, local, tasks, spec, num_steps, state, window.num_decisions
+                )
+                reward = np.array(reward)
+                score = np.full(CHUNK, np.nan, np.float32)
+                if int(state.decision[0]) == horizon:
+                    score, final = compiled.finish(tasks, state)
+                    reward[:, -1] += np.asarray(final)
+                return WindowResult(jax.tree.map(np.asarray, state), reward, np.asarray(status), np.asarray(score))
+
+            return run_window
+
+        shares = [window.num_decisions / horizon for window in windows]
+        return self._distribute([window.chunk for window in windows], shares, on, label)
+
+    def blank_state(self, chunk: Chunk, params: PolicyParams, prior: Prior) -> RolloutState:
+        """Returns a state of a chunk's episodes with the shapes and types of a real one, all zero.
+
+        Args:
+          chunk: any one of the pool.
+          params: one policy, without the axis of CHUNK.
+        """
+        inputs = (*_gather(self.pools[chunk.pool], chunk.spec), np.int32(chunk.num_steps))
+        stacked = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (CHUNK, *np.shape(leaf))), params)
+        shapes = jax.eval_shape(self._windows[chunk.pool].begin, stacked, prior, *inputs)
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def _distribute(
+        self,
+        chunks: Sequence[Chunk],
+        shares: Sequence[float],
+        on: Callable[[Any], Callable[[int], Any]],
+        label: str | None,
+    ) -> list[Any]:
+        """Lets every device take the longest piece of work that is left, until none is.
+
+        Args:
+          chunks: what the pieces are of.
+          shares: of the chunk's episodes that a piece runs.
+          on: device -> function that does the piece of an index there.
+        """
+        lengths = [chunk.num_steps * share for chunk, share in zip(chunks, shares, strict=True)]
+        cost = [length * self._pace[chunk.pool] for length, chunk in zip(lengths, chunks, strict=True)]
         work: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in sorted(range(len(chunks)), key=lambda i: -cost[i]):
             work.put(index)
         results: list[Any] = [None] * len(chunks)
 
         def serve(device: Any) -> None:
-            local = jax.device_put((params, prior, np.float32(explore), np.bool_(act)), device)
+            run_piece = on(device)
             while True:
                 try:
                     index = work.get_nowait()
                 except queue.Empty:
                     return
-                chunk = chunks[index]
-                inputs = (*_gather(self.pools[chunk.pool], chunk.spec), np.int32(chunk.num_steps))
-                episode = self._functions[chunk.pool](*local, *jax.device_put(inputs, device))
-                results[index] = jax.tree.map(np.asarray, episode)
+                began = perf_counter()
+                results[index] = run_piece(index)
+                self._pace[chunks[index].pool] = (perf_counter() - began) / lengths[index]
                 bar.update()
 
         quiet = True if label is None else None
@@ -175,12 +312,86 @@ def _compiled_rollouts(environment: Environment, config: ControllerConfig, platf
     return jax.jit(run)
 
 
+class _Windows(NamedTuple):
+    """Compiled parts of an episode, each over the CHUNK episodes of a window."""
+
+    begin: Any
+    """(params, prior, tasks, profiles, spec, num_steps) -> state"""
+    advance: Any
+    """(params, prior, tasks, spec, num_steps, state, num_decisions) -> (state, reward, status)"""
+    finish: Any
+    """(tasks, state) -> (score, last reward)"""
+
+
+@cache
+def _compiled_windows(environment: Environment, config: ControllerConfig, platform: str) -> _Windows:
+    def mapped(function, *stacked):
+        def one(parts):
+            return function(*parts)
+
+        return jax.lax.map(one, stacked) if platform == "cpu" else jax.lax.map(one, stacked, batch_size=CHUNK)
+
+    quiet = {"explore": np.float32(0.0)}
+
+    def begin_all(params, prior, tasks, profiles, spec, num_steps):
+        def one(params, task, profile, spec):
+            return begin(environment, config, params, prior, task, profile, spec, num_steps, **quiet)
+
+        return mapped(one, params, tasks, profiles, spec)
+
+    def advance_all(params, prior, tasks, spec, num_steps, state, num_decisions):
+        def one(params, task, spec, state):
+            state, steps = advance(
+                environment, config, params, prior, task, spec, num_steps, state, num_decisions, act=True, **quiet
+            )
+            return state, steps.reward, environment.status(state.environment)
+
+        return mapped(one, params, tasks, spec, state)
+
+    def finish_all(tasks, state):
+        return mapped(lambda task, state: finish(environment, task, state), tasks, state)
+
+    return _Windows(jax.jit(begin_all), jax.jit(advance_all, static_argnums=6), jax.jit(finish_all))
+
+
 def concatenate(episodes: Sequence[Episode]) -> Episode:
-    """Joins the episodes of several chunks along the leading axis."""
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *episodes)
+    """Joins the episodes of several chunks along the leading axis; fewer groups than the most are padded, mask 0."""
+    most = max(episode.role.shape[1] for episode in episodes)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *(_padded(episode, most) for episode in episodes))
+
+
+def _padded(episode: Episode, num_groups: int) -> Episode:
+    """Pads the group axis of one chunk's episodes with zeros."""
+
+    def pad(leaf: np.ndarray, axis: int) -> np.ndarray:
+        widths = [(0, num_groups - leaf.shape[axis] if index == axis else 0) for index in range(leaf.ndim)]
+        return np.pad(leaf, widths)
+
+    values = {name: pad(value, 2) for name, value in episode.values._asdict().items() if value.ndim == 3}
+    return episode._replace(
+        group=pad(episode.group, 2),
+        role=pad(episode.role, 1),
+        group_mask=pad(episode.group_mask, 1),
+        group_action=pad(episode.group_action, 2),
+        values=episode.values._replace(**values),
+    )
 
 
 def relative_scores(episodes: Episode) -> np.ndarray:
     """Returns log((score + c) / (floor + c)) of each episode, not finite scores as 0."""
     score = np.where(np.isfinite(episodes.score), episodes.score, 0.0)
     return np.asarray(normalized(jnp.asarray(score), jnp.asarray(episodes.floor)))
+
+
+def returns_by_pool(runner: RolloutRunner, chunks: Sequence[Chunk], returns: np.ndarray) -> dict[str, float]:
+    """Returns the mean return by pool and by real or simulated, for the log.
+
+    Args:
+      returns: [chunks, CHUNK].
+    """
+    kinds: dict[str, list[float]] = {}
+    for value, chunk in zip(returns.mean(1), chunks, strict=True):
+        pool = runner.pools[chunk.pool]
+        kind = "simulated" if pool.names[int(chunk.spec.task[0])] == "simulated" else "real"
+        kinds.setdefault(f"return/{kind}/{pool.label}", []).append(float(value))
+    return {name: float(np.mean(values)) for name, values in sorted(kinds.items())}

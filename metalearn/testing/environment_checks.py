@@ -27,7 +27,7 @@ BATCH_TOLERANCE = 1e-2
 
 
 def fulfils_the_protocol(contract: EnvironmentContract) -> None:
-    """It has every member of `Environment`, a known role for each of at least one group, and samples in a step."""
+    """It has every member of `Environment`: a known role for each of at least one group, a family or None, samples."""
     environment = contract.environment
     _require(isinstance(environment, Environment), "the environment must have every member of `Environment`")
     _require(environment.num_groups >= 1, f"`num_groups` must be 1 or more, got {environment.num_groups}")
@@ -35,6 +35,7 @@ def fulfils_the_protocol(contract: EnvironmentContract) -> None:
         len(environment.roles) == environment.num_groups and set(environment.roles) <= set(ROLES),
         f"`roles` must name one of {ROLES} for each of {environment.num_groups} groups, got {environment.roles}",
     )
+    _require(isinstance(environment.family, str | None), f"`family` must be a str or None, got {environment.family!r}")
     _require(
         environment.samples_per_step >= 1, f"`samples_per_step` must be 1 or more, got {environment.samples_per_step}"
     )

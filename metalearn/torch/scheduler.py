@@ -38,6 +38,8 @@ class MetaScheduler:
         from the optimizer's own values on.
       model: bound for its dropout layers, and for inferring the groups' roles.
       domain: profile of the training interactions, from `metalearn.profile_domain`.
+      family: of the model, if the controller was meta-trained on it: one of `load_controller().config.families`. Any
+        other model is fine without.
       horizon: optimizer steps of the whole run. Unknown is fine: then the rate does not decay, and models are to be
         evaluated and exported inside `averaged_parameters`.
       batch_size: training samples per step; gives the controller epochs to count in.
@@ -77,6 +79,7 @@ class MetaScheduler:
         *,
         model: torch.nn.Module | None = None,
         domain: DomainProfile,
+        family: str | None = None,
         horizon: int | None = None,
         batch_size: int | None = None,
         interval: int | None = None,
@@ -104,6 +107,7 @@ class MetaScheduler:
             domain,
             self._bindings.space,
             roles=infer_roles(optimizer, model),
+            family=family,
             horizon=horizon,
             batch_size=batch_size,
             interval=interval,

@@ -36,7 +36,7 @@ from metalearn.errors import CheckpointError, SchemaMismatchError
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, fit_knots
 
 ROOT = Path(__file__).parents[2]
-CONFIG = ControllerConfig(descriptors=DESCRIPTORS, hidden_size=4, code_size=3)
+CONFIG = ControllerConfig(descriptors=DESCRIPTORS, hidden_size=4, code_size=3, families=("two_tower",))
 
 
 def make_checkpoint(seed: int = 0, **changes) -> Checkpoint:
@@ -52,7 +52,7 @@ def make_checkpoint(seed: int = 0, **changes) -> Checkpoint:
     fields = {
         "config": CONFIG,
         "network": params,
-        "base": rng.random((2, len(CONTROLLED))),
+        "base": rng.random((2, 2, len(CONTROLLED))),
         "normalizer": Normalizer(**{name: fit_knots(rng.normal(size=(50, size))) for name, size in sizes.items()}),
         "provenance": {"purpose": "tests", "seed": seed, "domains": ["größe"]},
     }
@@ -78,7 +78,7 @@ def contents(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def digest(tensors: dict[str, np.ndarray], header: dict[str, str]) -> str:
-    """Compute the checkpoint's SHA-256 as format version 1 defines it."""
+    """Compute the checkpoint's SHA-256 as format versions 1 and 2 define it."""
     sha = hashlib.sha256(json.dumps({key: header[key] for key in sorted(header) if key != "sha256"}).encode())
     for name in sorted(tensors):
         sha.update(f"{name}:{tensors[name].dtype.str}:{tensors[name].shape}".encode() + tensors[name].tobytes())
@@ -115,7 +115,7 @@ def test_writing_what_was_read_gives_the_same_content(written: Path, tmp_path: P
 def test_memory_layout_does_not_matter(tmp_path: Path):
     plain = make_checkpoint()
     odd = {name: np.asfortranarray(value) for name, value in plain.network.items()}
-    base = np.repeat(plain.base, 2, axis=1)[:, ::2]
+    base = np.repeat(plain.base, 2, axis=2)[..., ::2]
     assert not odd["mix/kernel"].flags.c_contiguous
     path = save_checkpoint(dataclasses.replace(plain, network=odd, base=base), tmp_path / "odd.safetensors")
     loaded = load_checkpoint(path)
@@ -124,10 +124,10 @@ def test_memory_layout_does_not_matter(tmp_path: Path):
         np.testing.assert_array_equal(loaded.network[name], value, err_msg=name)
 
 
-def test_header_of_version_1_is_pinned(written: Path):
+def test_header_of_version_2_is_pinned(written: Path):
     tensors, header = contents(written)
     assert set(header) == set(HEADER_KEYS)
-    assert header["format_version"] == FORMAT_VERSION == "1"
+    assert header["format_version"] == FORMAT_VERSION == "2"
     assert header["package_version"] == metalearn.__version__
     assert header["sha256"] == digest(tensors, header)
     assert {name.partition("/")[0] for name in tensors} == {"network", "prior", "normalizer"}
@@ -272,8 +272,8 @@ def test_huge_files_are_refused_unread(tmp_path: Path):
 
 
 def test_another_format_version_is_named(path: Path):
-    rewrite(path, format_version="2", package_version="9.9")
-    with pytest.raises(SchemaMismatchError, match=r"format version 2, this metalearn reads 1; use metalearn 9\.9"):
+    rewrite(path, format_version="3", package_version="9.9")
+    with pytest.raises(SchemaMismatchError, match=r"format version 3, this metalearn reads 2; use metalearn 9\.9"):
         load_checkpoint(path)
 
 
@@ -315,7 +315,7 @@ def test_headers_that_are_no_json_are_refused(path: Path, key: str, value: str):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["network/mix/kernel", "prior/base", "normalizer/run"])
+@pytest.mark.parametrize("name", ["network/mix/kernel", "network/family", "prior/base", "normalizer/run"])
 def test_values_that_are_not_finite_are_refused(path: Path, name: str, value: float):
     tensor = contents(path)[0][name].copy()
     tensor.flat[-1] = value
@@ -324,7 +324,7 @@ def test_values_that_are_not_finite_are_refused(path: Path, name: str, value: fl
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", ["network/mix/bias", "prior/base", "normalizer/group"])
+@pytest.mark.parametrize("name", ["network/mix/bias", "network/family", "prior/base", "normalizer/group"])
 def test_missing_tensors_are_named(path: Path, name: str):
     rewrite(path, drop=name)
     with pytest.raises(CheckpointError, match=rf"misshapen tensors \['{name}'\]"):
@@ -337,7 +337,9 @@ def test_missing_tensors_are_named(path: Path, name: str):
         ("network/mix/bias", np.zeros(5, np.float32)),
         ("network/gate", np.zeros(4, np.float64)),
         ("normalizer/run", np.zeros((3, 17), np.float32)),
-        ("prior/base", np.zeros((1, 4), np.float32)),
+        ("prior/base", np.zeros((1, 2, 4), np.float32)),
+        ("prior/base", np.zeros((2, 4), np.float32)),
+        ("network/family", np.zeros((1, 3), np.float32)),
         ("network/more/bias", np.zeros(4, np.float32)),
     ],
 )
@@ -384,11 +386,15 @@ def test_the_installed_wheel_brings_its_checkpoint(written: Path, tmp_path: Path
         shutil.copy(ROOT / name, tree)
     (tree / "checkpoints" / "default").mkdir(parents=True)
     shutil.copy(written, tree / "checkpoints" / "default" / "controller.safetensors")
+    shutil.copytree(ROOT / "checkpoints" / "golden", tree / "checkpoints" / "golden")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     build = subprocess.run([*pip, "--wheel-dir", tmp_path, tree], capture_output=True, text=True, check=False)
     assert build.returncode == 0, build.stderr
     (wheel,) = tmp_path.glob("metalearn-*.whl")
     with zipfile.ZipFile(wheel) as archive:
+        checkpoints = [name for name in archive.namelist() if name.endswith(".safetensors")]
+        assert checkpoints == ["metalearn/_checkpoints/default/controller.safetensors"]
+        assert not any("golden" in name for name in archive.namelist())
         archive.extractall(tmp_path / "installed")
     elsewhere.mkdir()
     code = (

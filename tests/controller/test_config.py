@@ -9,7 +9,9 @@ import pytest
 from metalearn.controller.config import CONTROLLED, ControllerConfig, Reach
 from metalearn.errors import InvalidArgumentError, SchemaMismatchError
 
-CONFIG = ControllerConfig(descriptors=("log_density", "log_horizon_epochs"), hidden_size=8, code_size=4)
+CONFIG = ControllerConfig(
+    descriptors=("log_density", "log_horizon_epochs"), hidden_size=8, code_size=4, families=("two_tower", "click_model")
+)
 FIELDS = json.loads(CONFIG.to_json())
 
 
@@ -41,6 +43,25 @@ def test_reach_must_cover_what_is_controlled():
         ControllerConfig(descriptors=(), reach=CONFIG.reach[:1])
 
 
+def test_families_must_not_repeat():
+    with pytest.raises(InvalidArgumentError, match=r"`families` must not repeat, got \('two_tower', 'two_tower'\)"):
+        ControllerConfig(descriptors=(), families=("two_tower",) * 2)
+
+
+def test_families_are_rows_after_that_of_any_other():
+    assert [CONFIG.family_index(family) for family in (None, "two_tower", "click_model")] == [0, 1, 2]
+    assert ControllerConfig(descriptors=()).family_index(None) == 0
+
+
+@pytest.mark.parametrize("family", ["matrix_factorization", "", "TWO_TOWER"])
+def test_an_unknown_family_is_refused_by_name(family: str):
+    with pytest.raises(
+        InvalidArgumentError,
+        match=rf"`family` must be one of \['two_tower', 'click_model'\], .* or None for any other, got '{family}'",
+    ):
+        CONFIG.family_index(family)
+
+
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="layers"):
         ControllerConfig(descriptors=(), layers=2)  # type: ignore[call-arg]
@@ -58,6 +79,8 @@ def test_unknown_arguments_are_refused():
         (json.dumps({**FIELDS, "hidden_size": "8"}), "not a controller config"),
         (json.dumps({**FIELDS, "reach": [{"start": 1}] * 4}), "not a controller config"),
         (json.dumps({**FIELDS, "descriptors": None}), "not a controller config"),
+        (json.dumps({**FIELDS, "families": None}), "not a controller config"),
+        (json.dumps({**FIELDS, "families": ["two_tower"] * 2}), "`families` must not repeat"),
     ],
 )
 def test_text_that_is_no_config_is_refused(text: str, message: str):

@@ -12,10 +12,10 @@ import pytest
 from metalearn.controller import CONTROLLED, Controller, load_controller
 from metalearn.controller import controller as controller_module
 from metalearn.controller.checkpoint import flatten, load_checkpoint
-from metalearn.errors import CheckpointError
+from metalearn.errors import CheckpointError, InvalidArgumentError
 from metalearn.session import Session
 from metalearn.spaces import CANONICAL_SPACE
-from tests.controllers import acting_controller
+from tests.controllers import BASES, FAMILIES, acting_controller
 from tests.intervals import make_interval, make_profile, random_intervals
 
 
@@ -36,18 +36,20 @@ def untrained(path: Path) -> Controller:
     return Controller(dataclasses.replace(checkpoint, network=flatten(params)))
 
 
+@pytest.mark.parametrize("family", [None, *FAMILIES])
 @pytest.mark.parametrize("horizon", [None, 2000])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_untrained_is_exactly_the_base_schedule_whatever_it_is_told(
-    untrained: Controller, seed: int, horizon: int | None
+def test_untrained_is_exactly_the_base_schedule_of_its_family_whatever_it_is_told(
+    untrained: Controller, seed: int, horizon: int | None, family: str | None
 ):
-    session = untrained.start(make_profile(seed), roles=("embedding", "dense"), horizon=horizon, batch_size=64)
+    session = untrained.start(
+        make_profile(seed), roles=("embedding", "dense"), family=family, horizon=horizon, batch_size=64
+    )
     start = session.ask()
-    base = untrained.checkpoint.base[int(horizon is not None)].tolist()
     for group in start.groups:
-        for name, unit in zip(CONTROLLED, base, strict=True):
-            value = (start.run if name == "dropout" else group)[name]
-            assert value == pytest.approx(untrained.config.space[name].decode(unit), rel=1e-11)
+        for name, wanted in zip(CONTROLLED, BASES[family][int(horizon is not None)], strict=True):
+            assert (start.run if name == "dropout" else group)[name] == pytest.approx(wanted, rel=1e-5)
+    base = untrained.checkpoint.base[list(BASES).index(family), int(horizon is not None)].tolist()
     wild = [make_interval(gradient_norm=[1e30, 1e-30], curvature=[-1e20, 1e20], validation=-1e9, loss_sum=1e12)]
     for statistics in random_intervals(seed, missing=0.3) + wild:
         decision = session.tell(statistics)
@@ -72,6 +74,31 @@ def test_an_acting_controller_does_act(path: Path):
     session = load_controller(path).start(make_profile(), horizon=2000, batch_size=64)
     start = session.ask().groups
     assert session.tell(make_interval(1)).groups != start
+
+
+@pytest.mark.parametrize("horizon", [None, 2000])
+def test_the_family_moves_start_and_steps(path: Path, horizon: int | None):
+    """With the same base everywhere, only the embedding tells families apart."""
+    checkpoint = load_checkpoint(path)
+    controller = Controller(dataclasses.replace(checkpoint, base=np.broadcast_to(checkpoint.base[:1], (3, 2, 4))))
+    starts, moves = set(), set()
+    for family in (None, *FAMILIES):
+        session = controller.start(make_profile(), family=family, horizon=horizon, batch_size=64)
+        session.tell(make_interval(1))
+        position = session.state_dict()["position"]
+        starts.add(repr((position["group_start"], position["global_start"])))
+        moves.add(repr((position["group_residual"], position["global_residual"])))
+    assert len(starts) == len(moves) == 3
+
+
+@pytest.mark.parametrize("family", ["click_model", "", 1])
+def test_a_family_that_it_was_not_trained_on_is_refused_by_name(path: Path, family: object):
+    controller = load_controller(path)
+    with pytest.raises(
+        InvalidArgumentError,
+        match=rf"`family` must be one of \['matrix_factorization', 'two_tower'\], .* for any other, got {family!r}",
+    ):
+        controller.start(make_profile(), family=family)  # type: ignore[arg-type]
 
 
 def test_paths_strings_and_folders_load_alike(path: Path):
@@ -99,9 +126,10 @@ def test_default_is_the_wheel_s_then_the_checkout_s(path: Path, tmp_path: Path, 
 def test_start_passes_its_arguments_on(path: Path):
     space = CANONICAL_SPACE.subset(["learning_rate"])
     session = load_controller(path).start(
-        make_profile(), space, roles=("head", "adapter"), horizon=999, batch_size=32, interval=7
+        make_profile(), space, roles=("head", "adapter"), family="two_tower", horizon=999, batch_size=32, interval=7
     )
     assert isinstance(session, Session)
+    assert session.family == "two_tower"
     assert (session.num_groups, session.horizon, session.batch_size, session.interval) == (2, 999, 32, 7)
     assert [tuple(group) for group in session.ask().groups] == [("learning_rate",)] * 2
 

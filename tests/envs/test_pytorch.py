@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import torch
 
 from envs.domains import make_domain
 from envs.pytorch import PyTorchEnvironment
-from envs.recommenders import Evaluator, MatrixFactorization, TripleSampler
+from envs.recommenders import RECOMMENDERS, Evaluator, MatrixFactorization, TripleSampler
 from envs.simulated import SimulatedPrior, simulate
 from envs.vectorized import Bucket, VectorizedEnvironment, make_task
 from metalearn import load_controller
@@ -66,6 +67,12 @@ def _torch_statistics(domain, values, horizon, intervals, single_group=False):
 def test_both_environments_fulfil_the_protocol():
     assert isinstance(PyTorchEnvironment(), Environment)
     assert isinstance(VectorizedEnvironment(BUCKET), Environment)
+
+
+@pytest.mark.parametrize("family", sorted(RECOMMENDERS))
+def test_both_environments_have_the_same_families(family):
+    assert PyTorchEnvironment(family).family == family
+    assert VectorizedEnvironment(replace(BUCKET, learner=family, history=10, content=6, exposures=64)).family == family
 
 
 @pytest.mark.parametrize("horizon", [8 * STEPS, math.nan])

@@ -14,8 +14,15 @@ from metalearn.meta_training import ppo
 from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import RolloutRunner
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, fit_knots
+from tests.meta_training.toy import ToyPool
 
 BUCKET = Bucket(users=128, items=96, interactions=4096, dim=4, batch=32, evaluated=32)
+BASES = (
+    ((0.02, 0.25, 0.85, 0.15), (0.03, 0.34, 0.9, 0.1)),
+    ((0.01, 0.5, 0.8, 0.05), (0.02, 0.6, 0.75, 0.02)),
+    ((0.004, 0.02, 0.9, 0.25), (0.006, 0.03, 0.92, 0.3)),
+)
+"""Of any other model, of the bucket's family and of two towers: without, and with a known horizon."""
 
 
 @pytest.fixture
@@ -27,7 +34,13 @@ def standard_promotion():
 
 @pytest.fixture(scope="session")
 def config() -> ControllerConfig:
-    return ControllerConfig(descriptors=DESCRIPTORS, hidden_size=8, code_size=4, num_decisions=4)
+    return ControllerConfig(
+        descriptors=DESCRIPTORS,
+        hidden_size=8,
+        code_size=4,
+        num_decisions=4,
+        families=("matrix_factorization", "two_tower"),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +54,22 @@ def runner(pool: TaskPool, config: ControllerConfig) -> RolloutRunner:
 
 
 @pytest.fixture(scope="session")
+def mixed(config: ControllerConfig) -> RolloutRunner:
+    """Toys of two families: one of two groups that the controller does not know, and one of three that it does."""
+    pools = [ToyPool(family="gru4rec"), ToyPool(family="two_tower", num_groups=3)]
+    return RolloutRunner(pools, config, devices=jax.local_devices()[:1])
+
+
+@pytest.fixture(scope="session")
 def prior(config: ControllerConfig) -> Prior:
     rng = np.random.default_rng(0)
-    base = [config.space[n].encode(v) for n, v in zip(CONTROLLED, (0.03, 0.34, 0.9, 0.1), strict=True)]
+    base = [
+        [[config.space[n].encode(v) for n, v in zip(CONTROLLED, base, strict=True)] for base in bases]
+        for bases in BASES
+    ]
     sizes = (len(DESCRIPTORS), len(GROUP_FEATURES), len(GLOBAL_FEATURES))
     return Prior(
-        np.array([base, base], np.float32),
+        np.array(base, np.float32),
         Normalizer(*(fit_knots(rng.uniform(-15.0, 15.0, (500, size))) for size in sizes)),
     )
 

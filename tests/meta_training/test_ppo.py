@@ -129,6 +129,62 @@ def test_exploration_stays_within_its_bounds(toy: RolloutRunner, update, acting:
     assert ((params.start_log_std >= -2.5) & (params.start_log_std <= 0.0)).all()
 
 
+def of_two_families(mixed: RolloutRunner, params: PolicyParams, prior: Prior) -> list[Episode]:
+    """Explore with the toy of two groups, and with that of three; half of the groups each."""
+    rng = np.random.default_rng(7)
+    chunks = [
+        make_chunk(
+            pool,
+            5,
+            task=task,
+            initialization=task,
+            exploration=rng.integers(2**31, size=CHUNK),
+            single_group=task == 1,
+            num_start=len(CONTROLLED),
+        )
+        for pool in range(2)
+        for task in range(NUM_GROUPS // 2)
+    ]
+    return mixed.run(chunks, params, prior, explore=1.0)
+
+
+def test_padded_groups_change_nothing(
+    mixed: RolloutRunner, update, acting: PolicyParams, prior: Prior, config: ControllerConfig
+):
+    few = of_two_families(mixed, acting, prior)
+    unpadded = concatenate(few[:2] * 2)
+    padded = jax.tree.map(lambda leaf: leaf[: len(unpadded.score)], concatenate([*few[:2] * 2, few[-1]]))
+    assert (unpadded.role.shape[1], padded.role.shape[1]) == (2, 3)
+    params, state = start(acting)
+    results = [update(params, state, prior, episodes, jax.random.key(0)) for episodes in (unpadded, padded)]
+    for path, (one, other) in _paired(results[0][0], results[1][0]):
+        np.testing.assert_allclose(one, other, atol=1e-4, err_msg=path)
+    for name, value in results[0][2].items():
+        assert float(results[1][2][name]) == pytest.approx(float(value), abs=1e-4), name
+
+
+def test_what_stands_in_padded_groups_does_not_matter(mixed: RolloutRunner, update, acting: PolicyParams, prior: Prior):
+    episodes = concatenate(of_two_families(mixed, acting, prior))
+    padding = np.broadcast_to(episodes.group_mask == 0, episodes.role.shape)
+    other = episodes._replace(
+        role=np.where(padding, 3, episodes.role),
+        group=np.where(padding[:, None, :, None], 1e3, episodes.group).astype(np.float32),
+        group_action=np.where(padding[:, None, :, None], -7.0, episodes.group_action).astype(np.float32),
+    )
+    params, state = start(acting)
+    results = [update(params, state, prior, each, jax.random.key(0)) for each in (episodes, other)]
+    for one, two in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_only_families_of_the_batch_learn(mixed: RolloutRunner, update, untrained: PolicyParams, prior: Prior):
+    params, state = start(untrained)
+    for iteration in range(2):  # with heads at zero, nothing reaches the code at first
+        episodes = concatenate(of_two_families(mixed, params, prior))
+        params, state, _ = update(params, state, prior, episodes, jax.random.key(iteration))
+    assert [bool(row.any()) for row in np.asarray(params.network["family"])] == [True, False, True]
+
+
 def test_episodes_that_all_fare_alike_do_no_harm(toy: RolloutRunner, update, acting: PolicyParams, prior: Prior):
     episodes = explored(toy, acting, prior, 0)
     params, state = start(acting)

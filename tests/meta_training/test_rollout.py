@@ -49,7 +49,7 @@ def test_an_episode_is_a_function_of_its_seeds(runner: RolloutRunner, acting: Po
     first, again, other = runner.run([chunk(), chunk(), chunk(initialization=2)], acting, prior, explore=1.0)
     assert same(first, again)
     assert not np.array_equal(first.validation, other.validation)
-    assert len({first.action[index].tobytes() for index in range(CHUNK)}) == CHUNK
+    assert len({first.group_action[index].tobytes() for index in range(CHUNK)}) == CHUNK
     # A group shares initialisation and batches; only what it explores differs.
     assert np.isfinite(first.score).all()
     (quiet,) = runner.run([chunk()], acting, prior)
@@ -73,12 +73,57 @@ def test_untrained_and_passive_policies_hold_the_start(
     start = np.array([0.7, 0.6, 0.5, 0.4], np.float32)
     (base,) = runner.run([chunk()], untrained, prior)
     (forced,) = runner.run([chunk(start=start)], acting, prior, act=False)
-    for episode, unit in ((base, prior.base[1]), (forced, start)):
+    for episode, unit in ((base, prior.base[1, 1]), (forced, start)):
         for name, value in zip(CONTROLLED, unit, strict=True):
             wanted = config.space[name].decode(float(value))
             np.testing.assert_allclose(getattr(episode.values, name), wanted, rtol=1e-5, err_msg=name)
     (acted,) = runner.run([chunk(start=start)], acting, prior)
     assert np.ptp(acted.values.learning_rate[0], axis=0).min() > 0
+
+
+def test_a_family_has_its_base_if_the_controller_knows_it_and_is_told(
+    runner: RolloutRunner, mixed: RolloutRunner, untrained: PolicyParams, prior: Prior, config: ControllerConfig
+):
+    cases = [
+        (runner, chunk(horizon_told=horizon, family_told=family), int(family), int(horizon))
+        for family in (True, False)
+        for horizon in (True, False)
+    ]
+    cases += [
+        (mixed, chunk(pool=0), 0, 1),
+        (mixed, chunk(pool=1), 2, 1),
+        (mixed, chunk(pool=1, family_told=False), 0, 1),
+    ]
+    for its_runner, its_chunk, row, known in cases:
+        (episode,) = its_runner.run([its_chunk], untrained, prior)
+        np.testing.assert_array_equal(episode.family, row)
+        for name, unit in zip(CONTROLLED, prior.base[row, known], strict=True):
+            wanted = config.space[name].decode(float(unit))
+            np.testing.assert_allclose(getattr(episode.values, name), wanted, rtol=1e-5, err_msg=name)
+
+
+def test_the_family_moves_what_is_done(runner: RolloutRunner, acting: PolicyParams, prior: Prior):
+    prior = prior._replace(base=np.broadcast_to(prior.base[:1], prior.base.shape))  # only the embedding is left
+    told, untold = runner.run([chunk(), chunk(family_told=False)], acting, prior)
+    assert np.abs(told.start_action - untold.start_action).max() > 0.01
+    assert np.abs(told.group_action[:, 0] - untold.group_action[:, 0]).max() > 0.01
+
+
+def test_episodes_of_fewer_groups_are_padded(mixed: RolloutRunner, acting: PolicyParams, prior: Prior):
+    few, many = mixed.run([chunk(pool=0), chunk(pool=1)], acting, prior, explore=1.0)
+    joined = concatenate([few, many])
+    np.testing.assert_array_equal(joined.group_mask, [[1, 1, 0]] * CHUNK + [[1, 1, 1]] * CHUNK)
+    np.testing.assert_array_equal(joined.family, [0] * CHUNK + [2] * CHUNK)
+    for name in ("group", "group_action"):
+        leaf = getattr(joined, name)
+        np.testing.assert_array_equal(leaf[:CHUNK, :, :2], getattr(few, name))
+        np.testing.assert_array_equal(leaf[CHUNK:], getattr(many, name))
+        assert not leaf[:CHUNK, :, 2].any()
+    for name, leaf in joined.values._asdict().items():
+        assert leaf.shape == (2 * CHUNK, 4) + (() if name == "dropout" else (3,))
+    np.testing.assert_array_equal(joined.values.learning_rate[:CHUNK, :, :2], few.values.learning_rate)
+    assert same(concatenate([few, few]), jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), few))
+    np.testing.assert_allclose(relative_scores(joined), np.concatenate([relative_scores(few), relative_scores(many)]))
 
 
 def test_a_single_group_is_one_group(runner: RolloutRunner, acting: PolicyParams, prior: Prior):
@@ -135,9 +180,9 @@ def test_chunks_come_back_in_the_order_given(runner: RolloutRunner, untrained: P
     assert len(concatenate(together).score) == 3 * CHUNK
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize(("told", "family_told"), [(True, True), (True, False), (False, True)])
 def test_the_session_decides_as_the_rollout_did(
-    acting: PolicyParams, prior: Prior, config: ControllerConfig, told: bool
+    acting: PolicyParams, prior: Prior, config: ControllerConfig, told: bool, family_told: bool
 ):
     """Train and serve the same run: JAX rollout against NumPy session steering the same environment."""
     domain = simulated_domain(BUCKET, np.random.default_rng(5))
@@ -145,13 +190,14 @@ def test_the_session_decides_as_the_rollout_did(
     profiles = profile_descriptors(domain.profile)[None].astype(np.float32)
     pool = TaskPool(bucket=BUCKET, tasks=tasks, profiles=profiles, names=("simulated",))
     runner = RolloutRunner([pool], config, devices=jax.local_devices()[:1])
-    (episode,) = runner.run([chunk(horizon_told=told)], acting, prior)
+    (episode,) = runner.run([chunk(horizon_told=told, family_told=family_told)], acting, prior)
 
     network = flatten(jax.tree.map(np.asarray, acting.network))
     checkpoint = Checkpoint(config=config, network=network, base=prior.base, normalizer=prior.normalizer, provenance={})
     session = Controller(checkpoint).start(
         domain.profile,
         roles=("embedding", "embedding"),
+        family=BUCKET.learner if family_told else None,
         horizon=STEPS * config.num_decisions if told else None,
         batch_size=BUCKET.batch,
         interval=STEPS,

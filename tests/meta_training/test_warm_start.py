@@ -17,36 +17,56 @@ from metalearn.meta_training import warm_start
 from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, RolloutRunner, make_chunk
 from metalearn.meta_training.warm_start import SEARCH_BOX, SearchResult, balanced_tasks, draw_steps
-from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, percentile_scale
+from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, fit_knots, percentile_scale
 
 S = len(CONTROLLED)
 
 
-def synthetic_search(config: ControllerConfig, *, optimum_shift: float = 0.0, noise: float = 0.3) -> SearchResult:
-    """Return trials whose score falls with the distance from an optimum inside the box.
+def synthetic_search(
+    config: ControllerConfig,
+    *,
+    optimum: float = 0.6,
+    optimum_shift: float = 0.0,
+    noise: float = 0.3,
+    pool: int = 0,
+    family: int = 0,
+    told: bool = True,
+) -> SearchResult:
+    """Return trials whose score falls with the distance from an optimum, given as a share of the box.
 
     The learning rate's optimum goes with the first descriptor, by `optimum_shift` unit ranges to either side.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(pool)
     low, high = warm_start.search_box(config)
     num_tasks, per_task = 24, 16
     task = np.repeat(np.arange(num_tasks), per_task)
     start = np.concatenate([warm_start.draw_configurations(per_task, config, rng) for _ in range(num_tasks)])
     side = np.where(np.arange(num_tasks) % 2 == 0, -1.0, 1.0)
-    optimum = np.tile(low + 0.6 * (high - low), (num_tasks, 1))
-    optimum[:, 0] += side * optimum_shift
-    distance = np.square((start - optimum[task]) / (high - low)).sum(1)
+    best = np.tile(low + optimum * (high - low), (num_tasks, 1))
+    best[:, 0] += side * optimum_shift
+    distance = np.square((start - best[task]) / (high - low)).sum(1)
     difficulty = rng.normal(0.0, 10.0, num_tasks)[task]  # domains differ by more than configurations do
     descriptors = np.tile(rng.normal(0.0, 1.0, len(DESCRIPTORS)), (num_tasks, 1))
     descriptors[:, 0] = 20.0 * side
     return SearchResult(
         task=task,
-        pool=np.zeros(len(task), int),
-        told=np.ones(len(task), bool),
+        pool=np.full(len(task), pool),
+        family=np.full(len(task), family),
+        told=np.full(len(task), told),
         start=start.astype(np.float32),
         score=difficulty - 5.0 * distance + rng.normal(0.0, noise, len(task)),
         descriptors=descriptors[task].astype(np.float32),
     )
+
+
+def joined(*results: SearchResult) -> SearchResult:
+    """Put searches together; their tasks are different ones."""
+    columns = {
+        name: np.concatenate([getattr(result, name) for result in results])
+        for name in vars(results[0])
+        if name != "task"
+    }
+    return SearchResult(task=np.concatenate([24 * i + result.task for i, result in enumerate(results)]), **columns)
 
 
 def test_configurations_are_a_latin_hypercube_of_the_box(config: ControllerConfig):
@@ -104,11 +124,87 @@ def test_the_base_does_not_depend_on_how_hard_tasks_are(config: ControllerConfig
     assert one[1] == pytest.approx(other[1], abs=1e-6)
 
 
+def share(base: np.ndarray, config: ControllerConfig) -> np.ndarray:
+    """Return a base as a share of the box."""
+    low, high = warm_start.search_box(config)
+    return (base - low) / (high - low)
+
+
+@pytest.fixture(scope="module")
+def families() -> ControllerConfig:
+    """Three families; nothing was run for the last."""
+    return ControllerConfig(descriptors=DESCRIPTORS, families=("matrix_factorization", "two_tower", "click_model"))
+
+
+@pytest.fixture(scope="module")
+def two_families(families: ControllerConfig) -> SearchResult:
+    """The first family has a small pool that wants the opposite of its large one; the second depends on the horizon."""
+    return joined(
+        synthetic_search(families, optimum=0.1, pool=0, family=1),
+        synthetic_search(families, optimum=0.6, pool=1, family=1),
+        synthetic_search(families, optimum=0.4, pool=2, family=2),
+        synthetic_search(families, optimum=0.55, pool=2, family=2, told=False),
+    )
+
+
+def test_every_family_gets_its_own_optimum(families: ControllerConfig, two_families: SearchResult):
+    bases, scores = warm_start.choose_bases(two_families, families, seed=0)
+    assert (bases.shape, bases.dtype, scores.shape) == ((4, 2, S), np.float32, (4, 2))
+    where = share(bases, families).mean(-1)  # over hyperparameters, whose optima are alike: half of the luck
+    for family, told, optimum in ((1, 1, 0.6), (2, 1, 0.4), (2, 0, 0.55)):
+        assert where[family, told] == pytest.approx(optimum, abs=0.1)
+    assert (scores > 0).all()
+    np.testing.assert_array_equal(bases[1, 0], bases[1, 1])  # it has no trials without a horizon
+    # Any other model gets what is best for both on average, and so does a family without trials.
+    assert where[2, 1] + 0.05 < where[0, 1] < where[1, 1] - 0.05
+    np.testing.assert_array_equal(bases[3], bases[0])
+    np.testing.assert_array_equal(scores[3], scores[0])
+
+
+def test_only_the_largest_pool_of_a_family_counts(config: ControllerConfig):
+    one_family = dataclasses.replace(config, families=("matrix_factorization",))
+    result = joined(synthetic_search(config, family=1), synthetic_search(config, pool=1, family=1))
+    chosen = warm_start.choose_bases(result, one_family, seed=0)
+    for pool, counts in ((0, False), (1, True)):
+        turned = dataclasses.replace(result, score=np.where(result.pool == pool, -result.score, result.score))
+        again = warm_start.choose_bases(turned, one_family, seed=0)
+        assert all(np.array_equal(one, other) for one, other in zip(chosen, again, strict=True)) != counts
+
+
+def test_without_families_there_is_one_base(config: ControllerConfig):
+    alone = dataclasses.replace(config, families=())
+    result = synthetic_search(alone)
+    bases, scores = warm_start.choose_bases(result, alone, seed=0)
+    base, score = warm_start.choose_base(result, alone, seed=0)
+    np.testing.assert_array_equal(bases, np.broadcast_to(base, (1, 2, S)))
+    np.testing.assert_array_equal(scores, [[score, score]])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_supervised_start_learns_what_families_ask_for(config: ControllerConfig, prior: Prior):
+    """Domains alike, one base for all: what is left is the family."""
+    result = synthetic_search(config, optimum_shift=0.1)
+    result = dataclasses.replace(
+        result,
+        family=1 + (result.descriptors[:, 0] > 0),
+        descriptors=np.broadcast_to(result.descriptors[:1], result.descriptors.shape),
+    )
+    base, _ = warm_start.choose_base(result, config, seed=0)
+    prior = prior._replace(base=np.broadcast_to(base, prior.base.shape))
+    params = network.init(config, key=jax.random.key(0))
+    fitted, _ = warm_start.fit_start(result, config, params, prior, seed=0, num_steps=200)
+    scaled = percentile_scale(jnp.asarray(result.descriptors[0]), prior.normalizer.descriptors, jnp)
+    proposals = [network.start(config, fitted, scaled, family) for family in range(3)]
+    other, low, high = (float((proposal.gate * jnp.tanh(proposal.modifier))[0]) for proposal in proposals)
+    assert low < -0.1 < 0.1 < high
+    assert low < other < high
+
+
 @pytest.mark.usefixtures("standard_promotion")
 def test_supervised_start_learns_what_domains_ask_for(config: ControllerConfig, prior: Prior):
-    result = synthetic_search(config, optimum_shift=0.1)
-    base, _ = warm_start.choose_base(result, config, seed=0)
-    prior = prior._replace(base=np.stack([base, base]))
+    result = synthetic_search(config, optimum_shift=0.1, family=1)
+    bases, _ = warm_start.choose_bases(result, config, seed=0)
+    prior = prior._replace(base=bases)
     params = network.init(config, key=jax.random.key(0))
     fitted, values = warm_start.fit_start(result, config, params, prior, seed=0)
     assert np.isfinite(values).all()
@@ -117,7 +213,7 @@ def test_supervised_start_learns_what_domains_ask_for(config: ControllerConfig, 
     for side in (0, 1):
         row = np.flatnonzero(result.task == side)[0]
         scaled = percentile_scale(jnp.asarray(result.descriptors[row]), prior.normalizer.descriptors, jnp)
-        proposal = network.start(config, fitted, scaled)
+        proposal = network.start(config, fitted, scaled, 1)
         shift.append(np.asarray(proposal.gate * jnp.tanh(proposal.modifier)))
     assert shift[0][0] < -0.1 < 0.1 < shift[1][0]
     # Only the start was fitted: what acts in the run is as it was, at zero.
@@ -129,7 +225,7 @@ def test_the_surrogate_leaves_out_the_task_itself_and_other_horizons(config: Con
     result = synthetic_search(config)
     result = dataclasses.replace(result, told=result.task != 2)
     trials = warm_start.lay_out(result, config, prior)
-    arguments = (jnp.full(S, 0.6), trials.descriptors[0], jnp.bool_(True), 0)
+    arguments = (jnp.full(S, 0.6), trials.descriptors[0], 0, jnp.bool_(True), 0)
     before = warm_start.surrogate_value(trials, *arguments)
     assert np.isfinite(before)
     for task, counts in ((0, False), (1, True), (2, False)):
@@ -137,6 +233,21 @@ def test_the_surrogate_leaves_out_the_task_itself_and_other_horizons(config: Con
         assert (warm_start.surrogate_value(shifted, *arguments) != before) == counts
     # Near the optimum it promises more than at a corner of the box.
     assert before > warm_start.surrogate_value(trials, jnp.zeros(S), *arguments[1:])
+
+
+def test_the_surrogate_of_a_family_goes_by_its_tasks_alone(config: ControllerConfig, prior: Prior):
+    result = joined(synthetic_search(config, family=1), synthetic_search(config, pool=1, family=2))
+    trials = warm_start.lay_out(result, config, prior)
+    assert trials.family.tolist() == [1] * 24 + [2] * 24
+
+    def value(family: int, moved: int) -> float:
+        shifted = trials._replace(value=trials.value + jnp.where(trials.family[trials.task] == moved, 5.0, 0.0))
+        return float(
+            warm_start.surrogate_value(shifted, jnp.full(S, 0.6), trials.descriptors[0], family, jnp.bool_(True), 0)
+        )
+
+    for family, counts in ((0, (True, True)), (1, (True, False)), (2, (False, True))):
+        assert tuple(value(family, moved) != value(family, moved=0) for moved in (1, 2)) == counts
 
 
 def test_identity_normaliser_leaves_everything_in_range(config: ControllerConfig):
@@ -161,6 +272,14 @@ def test_normaliser_is_of_what_was_seen(runner: RolloutRunner, acting: PolicyPar
         assert (np.diff(part, axis=1) > 0).all()
 
 
+def test_padded_groups_do_not_enter_the_normaliser(mixed: RolloutRunner, acting: PolicyParams, prior: Prior):
+    chunks = [make_chunk(pool, 6, task=0, initialization=3, num_start=S) for pool in (0, 1)]
+    episodes = mixed.run(chunks, acting, prior, explore=1.0)
+    normalizer = warm_start.fit_normalizer(episodes, np.random.default_rng(0))
+    rows = np.concatenate([episode.group.reshape(-1, len(GROUP_FEATURES)) for episode in episodes])
+    np.testing.assert_array_equal(normalizer.group, fit_knots(rows))
+
+
 def test_search_runs_every_configuration_on_its_task(runner: RolloutRunner, untrained: PolicyParams, prior: Prior):
     arguments = {
         "tasks_per_pool": (3,),
@@ -172,6 +291,7 @@ def test_search_runs_every_configuration_on_its_task(runner: RolloutRunner, untr
     assert result.score.shape == (48,)
     assert Counter(result.task.tolist()) == {0: 16, 1: 16, 2: 16}
     assert result.start.shape == (48, S)
+    assert (result.family == 1).all()  # the bucket's
     low, high = warm_start.search_box(runner.config)
     assert ((result.start >= low - 1e-6) & (result.start <= high + 1e-6)).all()
     for task in range(3):

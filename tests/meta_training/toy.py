@@ -33,6 +33,7 @@ class ToyEnvironment:
     """Fulfils `metalearn.meta_training.environment.Environment`; its state is the quality reached."""
 
     num_groups: int = 2
+    family: str | None = None
     samples_per_step: int = 32
 
     @property
@@ -77,10 +78,16 @@ class ToyPool:
     """Two tasks; the first meta-feature tells them apart, by which side of the base the optimum lies."""
 
     optima: tuple[float, float] = (0.05, 0.35)
+    family: str | None = None
+    num_groups: int = 2
 
     @property
     def environment(self) -> ToyEnvironment:
-        return ToyEnvironment()
+        return ToyEnvironment(self.num_groups, self.family)
+
+    @property
+    def label(self) -> str:
+        return self.family or "toy"
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ class LinearEnvironment:
 
     num_groups = 2
     roles: tuple[str, ...] = ("dense", "head")
+    family: Any = None
     samples_per_step = BATCH
 
     def reset(self, task: LinearTask, *, key: int) -> LinearRun:

@@ -25,6 +25,10 @@ class UnknownRole(LinearEnvironment):
     roles = ("dense", "bias")
 
 
+class FamilyByNumber(LinearEnvironment):
+    family = 1
+
+
 # --- what it measures
 
 

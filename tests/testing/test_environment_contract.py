@@ -134,7 +134,7 @@ def test_the_toy_environment(check, toy):
 
 
 FAULTS = {
-    "fulfils_the_protocol": [mutants.OneRoleShort(), mutants.UnknownRole()],
+    "fulfils_the_protocol": [mutants.OneRoleShort(), mutants.UnknownRole(), mutants.FamilyByNumber()],
     "statistics_have_their_shapes": [
         mutants.LossInAVector(),
         mutants.MeanOverGroups(),

@@ -136,6 +136,7 @@ def test_a_state_is_shared_with_nobody(domain: Domain, controller: Controller, o
         ({"horizon": 2 * STEPS}, "horizon=20, this session 40"),
         ({"horizon": None}, "horizon=20, this session None"),
         ({"interval": 5}, "interval=6, this session 5"),
+        ({"family": "two_tower"}, "family=None, this session 'two_tower'"),
         ({"optimizer": lambda model: torch.optim.AdamW(model.parameters())}, "num_groups=2, this session 1"),
     ],
 )

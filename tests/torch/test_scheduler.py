@@ -20,7 +20,7 @@ from metalearn.errors import CheckpointError, InvalidArgumentError, SessionError
 from metalearn.torch import MetaScheduler
 from metalearn.torch.averaging import AVERAGE_EVERY
 from metalearn.torch.scheduler import MAX_IDLE_CALLS
-from tests.torch.runs import Run, start
+from tests.torch.runs import BATCH_SIZE, Run, start
 
 ROOT = Path(__file__).parents[2]
 INTERVAL = 6
@@ -341,6 +341,7 @@ def test_one_scheduler_at_a_time_and_detach_lets_go(domain: Domain, controller: 
         ({"optimizer": "adamw"}, "`optimizer` must be a torch optimizer, got str"),
         ({"domain": None}, r"`domain` must be a DomainProfile, got NoneType; pass metalearn.profile_domain"),
         ({"mode": "maximum"}, "`mode` must be 'max' or 'min', got 'maximum'"),
+        ({"family": "gru4rec"}, "`family` must be one of .*'matrix_factorization'.*, got 'gru4rec'"),
         ({"horizon": 1}, "`horizon` must be an int of at least 2, got 1"),
         ({"horizon": 10.5}, "`horizon` must be an int of at least 2, got 10.5"),
         ({"interval": 1}, "`interval` must be an int of at least 2, got 1"),
@@ -359,6 +360,19 @@ def test_bad_arguments_are_named(domain: Domain, controller: Controller, changes
         MetaScheduler(arguments.pop("optimizer"), **arguments)
     if "optimizer" not in changes:  # a refusal leaves nothing attached
         MetaScheduler(torch.optim.AdamW(table.parameters()), domain=domain.profile, controller=controller)
+
+
+def test_a_family_starts_from_its_own_base(domain: Domain, controller: Controller):
+    firsts = []
+    for family in (None, *controller.config.families):
+        scheduler = start(domain, controller=controller, horizon=120, family=family).scheduler
+        session = controller.start(
+            domain.profile, roles=("embedding",) * 2, family=family, horizon=120, batch_size=BATCH_SIZE
+        )
+        assert scheduler is not None
+        assert scheduler.decision == session.ask()
+        firsts.append(scheduler.decision.groups[0]["learning_rate"])
+    assert len(set(firsts)) == 3
 
 
 def test_controllers_load_from_paths(domain: Domain, controller: Controller, controller_path: Path):
