@@ -116,6 +116,82 @@ class TrainingResult:
     diverged: bool = False
 
 
+class TrainingRun:
+    """A run that can be taken in parts: it keeps the weights that validated best, and its own random state.
+
+    Args:
+      model: of any family.
+      optimizer: over the model's parameters.
+      steering: a MetaScheduler or a PlainSchedule.
+      domain: to train and validate on.
+      settings: the budget.
+      seed: of batches and dropout.
+      on_step: called with the number of steps done, for progress bars.
+    """
+
+    def __init__(
+        self,
+        model: Recommender,
+        optimizer: torch.optim.Optimizer,
+        steering: Steering,
+        domain: Domain,
+        settings: TrainingSettings,
+        *,
+        seed: int,
+        on_step: Callable[[int], object] | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.result = TrainingResult(test={})
+        self.steps = 0
+        """Optimizer steps taken."""
+        self._steering, self._on_step = steering, on_step
+        torch.manual_seed(seed)
+        self._random_state = torch.get_rng_state()
+        self._sampler = model.sampler(domain, settings.batch_size, seed=seed)
+        self._validate = Evaluator(domain, "validation", k=settings.k, max_users=settings.max_validation_users)
+        self._best, self._best_weights = -1.0, _copy(model)
+        self._losses_finite = torch.ones((), dtype=torch.bool)
+
+    def advance(self, steps: int | None = None) -> None:
+        """Takes some steps, at most those that are left; all of these by default."""
+        left = self.settings.steps - self.steps
+        last = self.steps + (left if steps is None else min(steps, left))
+        torch.set_rng_state(self._random_state)
+        validation_seconds = 0.0
+        began = time.perf_counter()
+        while self.steps < last:
+            self.steps += 1
+            loss = self.model(*self._sampler.next())
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self._steering.step(loss)
+            if self._steering.should_validate or self.steps == self.settings.steps:
+                paused = time.perf_counter()
+                value = self._validated()
+                validation_seconds += time.perf_counter() - paused
+                self._losses_finite &= torch.isfinite(loss.detach())
+                self.result.validation.append((self.steps, value))
+                self._steering.report(value)
+            if self._on_step is not None:
+                self._on_step(self.steps)
+        self._random_state = torch.get_rng_state()
+        self.result.seconds += time.perf_counter() - began - validation_seconds
+        self.result.steps_per_second = self.steps / self.result.seconds
+        self.result.diverged = not bool(self._losses_finite)
+
+    def restore_best(self) -> None:
+        """Puts the weights that validated best into the model."""
+        self.model.load_state_dict(self._best_weights)
+
+    def _validated(self) -> float:
+        with self._steering.averaged_parameters():
+            value = self._validate(self.model).mean_ndcg
+            if value > self._best:
+                self._best, self._best_weights = value, _copy(self.model)
+        return value
+
+
 def train(
     model: Recommender,
     optimizer: torch.optim.Optimizer,
@@ -129,45 +205,14 @@ def train(
     """Trains, validates when the steering says so, and tests the weights that validated best.
 
     Args:
-      model: of any family.
-      optimizer: over the model's parameters.
-      steering: a MetaScheduler or a PlainSchedule.
-      seed: of batches and dropout.
-      on_step: called with the number of steps done, for progress bars.
+      model, optimizer, steering, domain, settings, seed, on_step: as in `TrainingRun`.
     """
-    torch.manual_seed(seed)
-    sampler = model.sampler(domain, settings.batch_size, seed=seed)
-    validate = Evaluator(domain, "validation", k=settings.k, max_users=settings.max_validation_users)
-    result = TrainingResult(test={})
-    best, best_weights = -1.0, _copy(model)
-    losses_finite = torch.ones((), dtype=torch.bool)
-    validation_seconds = 0.0
-    began = time.perf_counter()
-    for step in range(1, settings.steps + 1):
-        loss = model(*sampler.next())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        steering.step(loss)
-        if steering.should_validate or step == settings.steps:
-            paused = time.perf_counter()
-            with steering.averaged_parameters():
-                value = validate(model).mean_ndcg
-                if value > best:
-                    best, best_weights = value, _copy(model)
-            validation_seconds += time.perf_counter() - paused
-            losses_finite &= torch.isfinite(loss.detach())
-            result.validation.append((step, value))
-            steering.report(value)
-        if on_step is not None:
-            on_step(step)
-    result.seconds = time.perf_counter() - began - validation_seconds
-    result.steps_per_second = settings.steps / result.seconds
-    result.diverged = not bool(losses_finite)
-    model.load_state_dict(best_weights)
+    run = TrainingRun(model, optimizer, steering, domain, settings, seed=seed, on_step=on_step)
+    run.advance()
+    run.restore_best()
     test = Evaluator(domain, "test", k=settings.k)
-    result.test, result.report = test(model).means(), test.report(model)
-    return result
+    run.result.test, run.result.report = test(model).means(), test.report(model)
+    return run.result
 
 
 def _copy(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""A benchmark of ways to set hyperparameters: many domains, model families and tuning budgets, one record of trials."""
