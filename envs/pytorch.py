@@ -119,7 +119,7 @@ class PyTorchEnvironment:
         for module in dropout_modules(state.model):
             module.p = float(values.dropout)
         for index in range(steps):
-            progress = (int(plan.first_step) + index) / horizon
+            progress = min(int(plan.first_step) + index, horizon - 1) / horizon
             multiplier = float(schedule_multiplier(np.float64(progress), np))
             for group, param_group in enumerate(state.optimizer.param_groups):
                 row = 0 if plan.single_group else group

@@ -37,6 +37,9 @@ from metalearn.meta_training.runner import (
 
 Log = Callable[[dict[str, Any]], None]
 
+SHIPPED_VALUES = {"learning_rate": 1e-3, "weight_decay": 1e-2, "beta1": 0.9, "dropout": 0.0}
+"""AdamW's own, in the order of `CONTROLLED`: what a loop has that keeps a hyperparameter to itself."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetaTrainConfig:
@@ -51,6 +54,9 @@ class MetaTrainConfig:
       told_share: share of episodes whose horizon the controller knows.
       family_told_share: share of episodes whose model family it knows.
       single_group_share: share of episodes with all parameters in one group.
+      wrong_horizon_share: share of the horizons told that are wrong, by up to a factor of two.
+      kept_share: share of episodes in which the loop keeps a hyperparameter to itself, at the optimizer's own value; of
+        each but the learning rate.
       validate_every: iterations between evaluations on the validation pools.
       validation_episodes: of each validation pool.
       patience: evaluations without improvement before the run stops.
@@ -69,6 +75,8 @@ class MetaTrainConfig:
     told_share: float = 0.75
     family_told_share: float = 0.85
     single_group_share: float = 0.3
+    wrong_horizon_share: float = 0.15
+    kept_share: float = 0.1
     validate_every: int = 10
     validation_episodes: int = 16
     patience: int = 8
@@ -121,19 +129,33 @@ class MetaTrainState:
 def iteration_chunks(config: MetaTrainConfig, runner: RolloutRunner, iteration: int) -> list[Chunk]:
     """Draws the groups of one iteration; a pure function of config, pools and iteration."""
     rng = np.random.default_rng([config.seed, 1, iteration])
+    shipped = np.array([runner.config.space[name].encode(value) for name, value in SHIPPED_VALUES.items()])
     chunks = []
     for index, pool in enumerate(runner.pools):
         for task in warm_start.balanced_tasks(pool.names, config.groups_per_pool[index], rng):
+            steps = warm_start.draw_steps(config.steps_range[index], rng)
+            initialization, exploration = int(rng.integers(2**31)), rng.integers(2**31, size=CHUNK)
+            told, family_told, single_group, wrong = rng.random(4) < (
+                config.told_share,
+                config.family_told_share,
+                config.single_group_share,
+                config.wrong_horizon_share,
+            )
+            factor = 2.0 ** rng.uniform(-1.0, 1.0)
+            kept = rng.random(len(CONTROLLED)) < config.kept_share
+            kept[CONTROLLED.index("learning_rate")] = False
             chunks.append(
                 make_chunk(
                     index,
-                    warm_start.draw_steps(config.steps_range[index], rng),
+                    steps,
                     task=task,
-                    initialization=int(rng.integers(2**31)),
-                    exploration=rng.integers(2**31, size=CHUNK),
-                    horizon_told=bool(rng.random() < config.told_share),
-                    family_told=bool(rng.random() < config.family_told_share),
-                    single_group=bool(rng.random() < config.single_group_share),
+                    initialization=initialization,
+                    exploration=exploration,
+                    horizon_told=told,
+                    horizon_factor=factor if wrong else 1.0,
+                    family_told=family_told,
+                    single_group=single_group,
+                    kept=np.where(kept, shipped, np.nan),
                     num_start=len(CONTROLLED),
                 )
             )

@@ -196,10 +196,11 @@ def outcome_rows(episodes: Episode, controller: ControllerConfig, prior: Prior) 
 def _inputs(episodes: Episode, floor: np.ndarray, controller: ControllerConfig, prior: Prior) -> np.ndarray:
     """Makes the inputs of some episodes, [N, T, I]."""
     told = np.isfinite(episodes.descriptors[:, controller.descriptors.index("log_horizon_epochs")])
-    encoded = [
-        controller.space[name].encode(np.asarray(getattr(episodes.values, name), np.float64))
-        for name in GROUP_CONTROLLED + GLOBAL_CONTROLLED
-    ]
+    encoded = []
+    for name in GROUP_CONTROLLED + GLOBAL_CONTROLLED:
+        hyperparameter, value = controller.space[name], np.asarray(getattr(episodes.values, name), np.float64)
+        ours = np.isfinite(value)
+        encoded.append(np.where(ours, hyperparameter.encode(np.where(ours, value, hyperparameter.low)), np.nan))
     split = len(GROUP_CONTROLLED)
     group, run = np.stack(encoded[:split], -1), np.stack(encoded[split:], -1)
     normalizer = jax.tree.map(np.asarray, prior.normalizer)

@@ -51,12 +51,16 @@ class EpisodeSpec(NamedTuple):
     """seed of the action noise"""
     horizon_told: Any
     """bool: whether the controller knows the horizon"""
+    horizon_factor: Any
+    """what it is told over the true one; 1 is the truth"""
     family_told: Any
     """bool: whether it knows the model family"""
     single_group: Any
     """bool: whether all parameters are one group"""
     start: Any
     """[S] forced start in unit ranges, or NaN to let the controller choose"""
+    kept: Any
+    """[S] values in unit ranges of what the loop keeps to itself, NaN for what is the controller's"""
 
 
 class PolicyParams(NamedTuple):
@@ -108,7 +112,7 @@ class Episode(NamedTuple):
     validation: Any
     """[T]"""
     values: Values
-    """[T, ...] hyperparameters in force"""
+    """[T, ...] hyperparameters in force; NaN for what the loop keeps to itself"""
 
 
 def normalized(metric: Any, floor: Any) -> Any:
@@ -158,8 +162,9 @@ def _describe(
     """Collects what the controller is told at the start, as a session does."""
     steps = jnp.asarray(num_steps, jnp.float32)
     epochs_per_interval = steps * environment.samples_per_step / task.num_interactions
+    horizon = jnp.where(spec.horizon_told, steps * config.num_decisions * spec.horizon_factor, jnp.nan)
     budget = budget_descriptors(
-        jnp.where(spec.horizon_told, epochs_per_interval * config.num_decisions, jnp.nan),
+        epochs_per_interval * horizon / steps,
         environment.samples_per_step,
         task.num_users.astype(jnp.float32),
         task.num_items.astype(jnp.float32),
@@ -170,7 +175,7 @@ def _describe(
     family = config.family_index(environment.family if environment.family in config.families else None)
     return _Run(
         steps=steps,
-        horizon=jnp.where(spec.horizon_told, steps * config.num_decisions, jnp.nan),
+        horizon=horizon,
         epochs_per_interval=epochs_per_interval,
         descriptors=descriptors,
         family=jnp.where(spec.family_told, family, 0),
@@ -192,9 +197,11 @@ def _start(
     position = start_position(base, proposal.gate, jnp.tanh(action), run.trust, config, run.role.shape[0], jnp)
     forced = jnp.isfinite(spec.start).all()
     split = position.group_start.shape[1]
+    group = jnp.where(forced, spec.start[:split], position.group_start)
+    of_run = jnp.where(forced, spec.start[split:], position.global_start)
     position = position._replace(
-        group_start=jnp.where(forced, spec.start[:split], position.group_start),
-        global_start=jnp.where(forced, spec.start[split:], position.global_start),
+        group_start=jnp.where(jnp.isfinite(spec.kept[:split]), spec.kept[:split], group),
+        global_start=jnp.where(jnp.isfinite(spec.kept[split:]), spec.kept[split:], of_run),
     )
     return position, action
 
@@ -207,17 +214,19 @@ def _signals(
     position: Position,
     history: SignalHistory,
     index: Any,
+    ours: Any,
 ) -> tuple[SignalFeatures, SignalHistory]:
-    """Makes features of the interval that ended just now, as a session does."""
+    """Makes features of the interval that ended just now, as a session does; `ours` [S] is NaN for what is kept."""
     intervals = index.astype(jnp.float32) + 1.0
     progress = intervals * run.steps / run.horizon
+    last = jnp.minimum(intervals * run.steps, run.horizon) - 1.0
     group_residual, run_residual = relative_residual(position, config, jnp)
     controls = Controls(
-        learning_rate=in_force.learning_rate * schedule_multiplier(progress - 1.0 / run.horizon, jnp),
+        learning_rate=in_force.learning_rate * schedule_multiplier(last / run.horizon, jnp),
         weight_decay=in_force.weight_decay,
-        group_residual=group_residual,
+        group_residual=group_residual * ours[: group_residual.shape[1]],
         dropout=in_force.dropout,
-        dropout_residual=run_residual[0],
+        dropout_residual=run_residual[0] * ours[-1],
         progress=progress,
         epochs=intervals * run.epochs_per_interval,
     )
@@ -274,7 +283,7 @@ class Steps(NamedTuple):
     validation: Any
     """[K]"""
     values: Values
-    """[K, ...] in force during the interval before each"""
+    """[K, ...] in force during the interval before each; NaN for what the loop keeps to itself"""
 
 
 def begin(
@@ -323,13 +332,16 @@ def advance(
     key_model = jax.random.key(spec.initialization)
     _, key_actions = jax.random.split(jax.random.key(spec.exploration))
     run = state.run
+    ours = jnp.where(jnp.isfinite(spec.kept), jnp.nan, 1.0)
+    moved = jnp.where(jnp.isfinite(spec.kept), 0.0, 1.0)
 
     def interval(carry: Any, index: Any) -> Any:
         state, history, hidden, position, best = carry
         in_force = values(position, config, jnp)
         plan = Plan(num_steps, index * num_steps, run.horizon, spec.single_group)
         state, statistics = environment.step(task, state, in_force, plan, key=jax.random.fold_in(key_model, index + 1))
-        features, history = _signals(config, run, statistics, in_force, position, history, index)
+        known = Values(*(value * ours[column] for column, value in enumerate(in_force)))
+        features, history = _signals(config, run, statistics, known, position, history, index, ours)
         validation = jnp.where(jnp.isfinite(statistics.validation), statistics.validation, 0.0)
         new_best = jnp.maximum(best, validation)
         reward = normalized(new_best, task.validation_floor) - normalized(best, task.validation_floor)
@@ -337,10 +349,10 @@ def advance(
         observation = observe(features, run.descriptors, run.family, prior, run.role, run.group_mask)
         key = jax.random.fold_in(key_actions, index)
         group, of_run, hidden = _act(config, params, hidden, observation, spec.single_group, key, explore)
-        position = move(position, group, of_run, jnp.where(act, run.trust, 0.0), config, jnp)
-        return (state, history, hidden, position, new_best), Steps(
-            features, group, of_run, reward, validation, in_force
-        )
+        split = group.shape[1]
+        trust = jnp.where(act, run.trust, 0.0)
+        position = move(position, group * moved[:split], of_run * moved[split:], trust, config, jnp)
+        return (state, history, hidden, position, new_best), Steps(features, group, of_run, reward, validation, known)
 
     carry = (state.environment, state.history, state.hidden, state.position, state.best)
     carry, steps = jax.lax.scan(interval, carry, state.decision + jnp.arange(num_decisions))

@@ -110,17 +110,25 @@ def make_chunk(
     initialization: Any,
     exploration: Any = 0,
     horizon_told: Any = True,
+    horizon_factor: Any = 1.0,
     family_told: Any = True,
     single_group: Any = False,
     start: np.ndarray | None = None,
+    kept: np.ndarray | None = None,
     num_start: int,
 ) -> Chunk:
-    """Builds a chunk; every value is a scalar or has CHUNK entries, `start` is [num_start] or [CHUNK, num_start]."""
+    """Builds a chunk.
+
+    Every value is a scalar or has CHUNK entries; `start` and `kept` are [num_start] or [CHUNK, num_start].
+    """
 
     def column(value: Any, dtype: Any) -> np.ndarray:
         return np.array(np.broadcast_to(np.asarray(value, dtype), (CHUNK,)))
 
-    forced = np.full(num_start, np.nan) if start is None else start
+    def row(values: np.ndarray | None) -> np.ndarray:
+        wanted = np.full(num_start, np.nan) if values is None else values
+        return np.array(np.broadcast_to(np.asarray(wanted, np.float32), (CHUNK, num_start)))
+
     return Chunk(
         pool=pool,
         num_steps=num_steps,
@@ -129,9 +137,11 @@ def make_chunk(
             column(initialization, np.uint32),
             column(exploration, np.uint32),
             column(horizon_told, bool),
+            column(horizon_factor, np.float32),
             column(family_told, bool),
             column(single_group, bool),
-            np.array(np.broadcast_to(np.asarray(forced, np.float32), (CHUNK, num_start))),
+            row(start),
+            row(kept),
         ),
     )
 

@@ -35,7 +35,7 @@ CONFIG = MetaTrainConfig(
     validate_every=2,
     validation_episodes=6,
     ppo=ppo.PPOConfig(num_epochs=1, num_minibatches=2),
-    outcome_rounds=1,
+    outcome_rounds=4,
     outcome=OutcomeFitConfig(blocks=4, steps_per_evaluation=2, max_evaluations=1),
 )
 PROVENANCE = {

@@ -14,9 +14,11 @@ from metalearn.controller.actions import Values
 from metalearn.controller.checkpoint import flatten
 from metalearn.controller.observation import profile_descriptors
 from metalearn.meta_training.environment import Environment, Plan
+from metalearn.meta_training.loop import SHIPPED_VALUES
 from metalearn.meta_training.rollout import NONFINITE_PENALTY, REWARD_OFFSET, Episode, PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, make_chunk, relative_scores
 from metalearn.signals import GLOBAL_FEATURES
+from metalearn.spaces import CANONICAL_SPACE
 from tests.meta_training.conftest import BUCKET
 
 STEPS = 6
@@ -180,9 +182,23 @@ def test_chunks_come_back_in_the_order_given(runner: RolloutRunner, untrained: P
     assert len(concatenate(together).score) == 3 * CHUNK
 
 
-@pytest.mark.parametrize(("told", "family_told"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("told", "factor", "family_told", "kept"),
+    [
+        (True, 1.0, True, ()),
+        (True, 0.5, False, ()),
+        (True, 2.0, True, ("dropout",)),
+        (False, 1.0, True, ("weight_decay", "beta1")),
+    ],
+)
 def test_the_session_decides_as_the_rollout_did(
-    acting: PolicyParams, prior: Prior, config: ControllerConfig, told: bool, family_told: bool
+    acting: PolicyParams,
+    prior: Prior,
+    config: ControllerConfig,
+    told: bool,
+    factor: float,
+    family_told: bool,
+    kept: tuple[str, ...],
 ):
     """Train and serve the same run: JAX rollout against NumPy session steering the same environment."""
     domain = simulated_domain(BUCKET, np.random.default_rng(5))
@@ -190,15 +206,20 @@ def test_the_session_decides_as_the_rollout_did(
     profiles = profile_descriptors(domain.profile)[None].astype(np.float32)
     pool = TaskPool(bucket=BUCKET, tasks=tasks, profiles=profiles, names=("simulated",))
     runner = RolloutRunner([pool], config, devices=jax.local_devices()[:1])
-    (episode,) = runner.run([chunk(horizon_told=told, family_told=family_told)], acting, prior)
+    own = np.array([config.space[name].encode(SHIPPED_VALUES[name]) for name in CONTROLLED])
+    spec = {"horizon_told": told, "horizon_factor": factor, "family_told": family_told}
+    spec["kept"] = np.where(np.isin(CONTROLLED, kept), own, np.nan)
+    (episode,) = runner.run([chunk(**spec)], acting, prior)
+    horizon = round(STEPS * config.num_decisions * factor) if told else None
 
     network = flatten(jax.tree.map(np.asarray, acting.network))
     checkpoint = Checkpoint(config=config, network=network, base=prior.base, normalizer=prior.normalizer, provenance={})
     session = Controller(checkpoint).start(
         domain.profile,
+        CANONICAL_SPACE.subset([name for name in CANONICAL_SPACE.names if name not in kept]),
         roles=("embedding", "embedding"),
         family=BUCKET.learner if family_told else None,
-        horizon=STEPS * config.num_decisions if told else None,
+        horizon=horizon,
         batch_size=BUCKET.batch,
         interval=STEPS,
     )
@@ -207,14 +228,20 @@ def test_the_session_decides_as_the_rollout_did(
     decision = session.ask()
     for index in range(config.num_decisions):
         values = Values(
-            *(jnp.array([group[name] for group in decision.groups], jnp.float32) for name in CONTROLLED[:3]),
-            jnp.float32(decision.run["dropout"]),
+            *(
+                jnp.array([(SHIPPED_VALUES | group)[n] for group in decision.groups], jnp.float32)
+                for n in CONTROLLED[:3]
+            ),
+            jnp.float32((SHIPPED_VALUES | dict(decision.run))["dropout"]),
         )
-        for name in CONTROLLED:
+        for name in kept:
+            assert np.isnan(getattr(episode.values, name)).all()
+        for name in set(CONTROLLED) - set(kept):
             recorded = np.asarray(getattr(episode.values, name))[0, index]
             np.testing.assert_allclose(getattr(values, name), recorded, rtol=2e-3, err_msg=f"{name}, {index}")
-        horizon = jnp.float32(STEPS * config.num_decisions if told else np.nan)
-        plan = Plan(jnp.int32(STEPS), jnp.int32(index * STEPS), horizon, jnp.bool_(False))
+        plan = Plan(
+            jnp.int32(STEPS), jnp.int32(index * STEPS), jnp.float32(horizon if told else np.nan), jnp.bool_(False)
+        )
         state, statistics = environment_step(task, state, values, plan, key=jax.random.fold_in(key, index + 1))
         np.testing.assert_allclose(statistics.validation, episode.validation[0, index], atol=0.02)
         decision = session.tell(jax.tree.map(np.asarray, statistics))
