@@ -1,7 +1,7 @@
 """Meta-trains a controller and writes its checkpoint and model card.
 
     python scripts/meta_train.py --preset smoke                        # a minute, simulated domains only
-    python scripts/meta_train.py --preset laptop --data DIR --output runs/meta   # about 1.5 hours on 2 cores
+    python scripts/meta_train.py --preset laptop --data DIR --output runs/meta   # hours on 2 cores
 
 DIR holds one parquet or CSV file of interactions per domain, and optionally a MANIFEST.json that gives each a role:
 "meta-training" domains are learnt from, "validation" domains choose the iteration that is released. Killed, it resumes.

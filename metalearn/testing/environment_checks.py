@@ -251,7 +251,7 @@ def an_unknown_horizon_has_no_schedule(contract: EnvironmentContract) -> None:
 
 
 def the_rate_ends_at_zero(contract: EnvironmentContract) -> None:
-    """With a known horizon the rate falls to zero by its end, and stays there."""
+    """With a known horizon the rate falls to zero by its end, and stays there or at that of its last step."""
     steps = contract.steps
 
     def movement(horizon: float) -> np.ndarray:
@@ -264,8 +264,12 @@ def the_rate_ends_at_zero(contract: EnvironmentContract) -> None:
         f"the rate must fall to zero at the horizon, got an update ratio of {ended:.3g} in its last steps, "
         f"{held:.3g} without a horizon",
     )
-    after = _measured(contract.run(first_step=steps, horizon=float(steps)).statistics, "update_ratio")
-    _require(not after.any(), f"no weight must move after the horizon, got update ratios {after}")
+    after = _measured(contract.run(first_step=steps, horizon=float(steps)).statistics, "update_ratio").mean()
+    _require(
+        bool(after < 0.2 * held),
+        f"the rate must stay where it fell after a horizon that was too short, got an update ratio of {after:.3g}, "
+        f"{held:.3g} without a horizon",
+    )
 
 
 def one_program_serves_all(contract: EnvironmentContract) -> None:
