@@ -62,8 +62,8 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 }
 """By name, the factor on the learning rate at a share of the run in [0, 1]."""
 
-SHIPPED = {"learning_rate": 1e-3, "weight_decay": 0.01, "beta1": 0.9, "dropout": 0.0, "schedule": "constant"}
-"""AdamW as PyTorch ships it."""
+SHIPPED = {**{name: CANONICAL_SPACE[name].default for name in CONTROLLED}, "schedule": "constant"}
+"""AdamW as PyTorch ships it, which are the canonical space's defaults."""
 
 CONFIGURED: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "default": (SHIPPED,),

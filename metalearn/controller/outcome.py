@@ -36,7 +36,7 @@ from metalearn.errors import InvalidArgumentError
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES
 
 METRIC_OFFSET = 0.02
-"""c of the score log((NDCG + c) / (popularity + c)), the one of meta-training's reward."""
+"""c of the score log((NDCG + c) / (popularity + c)), also meta-training's reward: keeps low NDCG from ruling."""
 
 PREFIX = "outcome/"
 CURVE_KNOWN, FLOOR_KNOWN, HORIZON_KNOWN, VALIDATION = range(4)

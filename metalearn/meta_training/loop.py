@@ -37,9 +37,6 @@ from metalearn.meta_training.runner import (
 
 Log = Callable[[dict[str, Any]], None]
 
-SHIPPED_VALUES = {"learning_rate": 1e-3, "weight_decay": 1e-2, "beta1": 0.9, "dropout": 0.0}
-"""AdamW's own, in the order of `CONTROLLED`: what a loop has that keeps a hyperparameter to itself."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class MetaTrainConfig:
@@ -129,7 +126,7 @@ class MetaTrainState:
 def iteration_chunks(config: MetaTrainConfig, runner: RolloutRunner, iteration: int) -> list[Chunk]:
     """Draws the groups of one iteration; a pure function of config, pools and iteration."""
     rng = np.random.default_rng([config.seed, 1, iteration])
-    shipped = np.array([runner.config.space[name].encode(value) for name, value in SHIPPED_VALUES.items()])
+    shipped = np.array([hyperparameter.encode(hyperparameter.default) for hyperparameter in runner.config.space])
     chunks = []
     for index, pool in enumerate(runner.pools):
         for task in warm_start.balanced_tasks(pool.names, config.groups_per_pool[index], rng):

@@ -23,6 +23,7 @@ from metalearn.controller.actions import (
 )
 from metalearn.controller.config import ROLES, ControllerConfig
 from metalearn.controller.observation import Normalizer, budget_descriptors
+from metalearn.controller.outcome import relative_metric
 from metalearn.meta_training.environment import Environment, Plan
 from metalearn.signals import (
     Controls,
@@ -35,8 +36,6 @@ from metalearn.signals import (
     percentile_scale,
 )
 
-REWARD_OFFSET = 0.02
-"""c of the reward log((NDCG + c) / (popularity + c)): keeps domains of low NDCG from ruling."""
 NONFINITE_PENALTY = 0.1
 
 
@@ -116,8 +115,8 @@ class Episode(NamedTuple):
 
 
 def normalized(metric: Any, floor: Any) -> Any:
-    """Returns log((metric + c) / (floor + c)), the score that compares across domains."""
-    return jnp.log((metric + REWARD_OFFSET) / (floor + REWARD_OFFSET))
+    """Returns the score that compares across domains, log((metric + c) / (floor + c))."""
+    return relative_metric(metric, floor, jnp)
 
 
 def observe(

@@ -205,7 +205,7 @@ def choose_base(result: SearchResult, config: ControllerConfig, *, seed: int) ->
     Scores are centred within each task, pools weigh alike, and a quadratic without mixed terms is fitted around every
     candidate under a Gaussian kernel. With one trial a point the best single trial would be mostly luck; one response
     surface for the whole box was found to run into its corners; and a kernel average is biased towards its edges, where
-    the kernel is cut off (on synthetic trials, as many and as noisy, its choice was 0.10 below the optimum, this 0.04).
+    the kernel is cut off.
 
     Returns:
       [S] in unit ranges, and its fitted score above the mean configuration.

@@ -19,7 +19,6 @@ from metalearn.controller.outcome import (
     FIRST_DESCRIPTOR,
     FLOOR_KNOWN,
     HORIZON_KNOWN,
-    METRIC_OFFSET,
     PREFIX,
     VALIDATION,
     OutcomeConfig,
@@ -28,11 +27,9 @@ from metalearn.controller.outcome import (
     Situation,
     input_names,
     outcome_inputs,
-    relative_metric,
 )
 from metalearn.errors import InvalidArgumentError
 from metalearn.meta_training.outcome import apply_member
-from metalearn.meta_training.rollout import REWARD_OFFSET, normalized
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES
 
 CONTROLLER = ControllerConfig(descriptors=DESCRIPTORS, families=("matrix_factorization", "sequences"))
@@ -180,11 +177,6 @@ def test_candidates_in_a_leading_axis_are_single_situations():
     for row, start in zip(together, starts, strict=True):
         alone = situation._replace(position=position._replace(global_start=start))
         np.testing.assert_array_equal(row, outcome_inputs(alone, CONTROLLER, np))
-
-
-def test_the_scale_is_that_of_the_reward():
-    assert METRIC_OFFSET == REWARD_OFFSET
-    np.testing.assert_allclose(relative_metric(0.1, 0.3, np), normalized(jnp.float32(0.1), jnp.float32(0.3)), rtol=1e-6)
 
 
 # Model

@@ -13,9 +13,9 @@ from metalearn.controller import CONTROLLED, Checkpoint, Controller, ControllerC
 from metalearn.controller.actions import Values
 from metalearn.controller.checkpoint import flatten
 from metalearn.controller.observation import profile_descriptors
+from metalearn.controller.outcome import METRIC_OFFSET
 from metalearn.meta_training.environment import Environment, Plan
-from metalearn.meta_training.loop import SHIPPED_VALUES
-from metalearn.meta_training.rollout import NONFINITE_PENALTY, REWARD_OFFSET, Episode, PolicyParams, Prior
+from metalearn.meta_training.rollout import NONFINITE_PENALTY, Episode, PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, make_chunk, relative_scores
 from metalearn.signals import GLOBAL_FEATURES
 from metalearn.spaces import CANONICAL_SPACE
@@ -150,7 +150,7 @@ def test_a_horizon_that_is_not_told_is_not_seen(runner: RolloutRunner, acting: P
 def test_rewards_add_up_to_the_score(runner: RolloutRunner, acting: PolicyParams, prior: Prior, pool: TaskPool):
     (episode,) = runner.run([chunk(task=np.arange(CHUNK) % 3)], acting, prior, explore=1.0)
     floor = pool.tasks.validation_floor[np.arange(CHUNK) % 3]
-    nothing = np.log(REWARD_OFFSET / (floor + REWARD_OFFSET))
+    nothing = np.log(METRIC_OFFSET / (floor + METRIC_OFFSET))
     np.testing.assert_allclose(episode.reward.sum(1), relative_scores(episode) - nothing, atol=1e-5)
     np.testing.assert_array_equal(episode.floor, pool.tasks.test_floor[np.arange(CHUNK) % 3])
 
@@ -170,7 +170,7 @@ def test_scores_that_are_not_finite_count_as_nothing(runner: RolloutRunner, acti
     (episode,) = runner.run([chunk()], acting, prior)
     bad = np.array([np.nan, np.inf, -np.inf, 0.0, *episode.score[4:]], np.float32)
     scores = relative_scores(episode._replace(score=bad))
-    np.testing.assert_allclose(scores[:4], np.log(REWARD_OFFSET / (episode.floor[:4] + REWARD_OFFSET)), rtol=1e-5)
+    np.testing.assert_allclose(scores[:4], np.log(METRIC_OFFSET / (episode.floor[:4] + METRIC_OFFSET)), rtol=1e-5)
     np.testing.assert_array_equal(scores[4:], relative_scores(episode)[4:])
 
 
@@ -206,7 +206,7 @@ def test_the_session_decides_as_the_rollout_did(
     profiles = profile_descriptors(domain.profile)[None].astype(np.float32)
     pool = TaskPool(bucket=BUCKET, tasks=tasks, profiles=profiles, names=("simulated",))
     runner = RolloutRunner([pool], config, devices=jax.local_devices()[:1])
-    own = np.array([config.space[name].encode(SHIPPED_VALUES[name]) for name in CONTROLLED])
+    own = np.array([config.space[name].encode(config.space[name].default) for name in CONTROLLED])
     spec = {"horizon_told": told, "horizon_factor": factor, "family_told": family_told}
     spec["kept"] = np.where(np.isin(CONTROLLED, kept), own, np.nan)
     (episode,) = runner.run([chunk(**spec)], acting, prior)
@@ -229,10 +229,10 @@ def test_the_session_decides_as_the_rollout_did(
     for index in range(config.num_decisions):
         values = Values(
             *(
-                jnp.array([(SHIPPED_VALUES | group)[n] for group in decision.groups], jnp.float32)
+                jnp.array([group.get(n, CANONICAL_SPACE[n].default) for group in decision.groups], jnp.float32)
                 for n in CONTROLLED[:3]
             ),
-            jnp.float32((SHIPPED_VALUES | dict(decision.run))["dropout"]),
+            jnp.float32(decision.run.get("dropout", CANONICAL_SPACE["dropout"].default)),
         )
         for name in kept:
             assert np.isnan(getattr(episode.values, name)).all()

@@ -203,8 +203,10 @@ def test_every_check_has_a_fault_to_find():
 
 def test_a_value_without_use_is_named_in_inert():
     environment = mutants.Ignores("dropout", 0.1)
-    contract = EnvironmentContract(environment=environment, tasks=linear_tasks(), jitted=False, inert=("dropout",))
-    CHECKS["every_value_has_an_effect"](contract)
+    arguments = {"environment": environment, "tasks": linear_tasks(), "jitted": False}
+    CHECKS["every_value_has_an_effect"](EnvironmentContract(**arguments, inert=("dropout",)))
+    with pytest.raises(AssertionError, match="dropout"):
+        CHECKS["every_value_has_an_effect"](EnvironmentContract(**arguments))
 
 
 @pytest.mark.parametrize(
