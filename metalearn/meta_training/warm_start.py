@@ -194,7 +194,7 @@ BANDWIDTH = 0.2
 """Of the kernel over configurations in `surrogate_value`, as a share of the search box."""
 BASE_BANDWIDTH = 0.35
 """Of the kernel under which `choose_base` fits."""
-WORST = -0.3
+WORST = -0.6
 """Scores count as so far below their task's median at most: how badly a configuration fails is no matter."""
 _RIDGE = 1e-3
 
