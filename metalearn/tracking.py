@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from metalearn.controller.decision import Decision
 
@@ -59,6 +61,11 @@ class Tracker:
             self.log({**values, f"{prefix}/optimizer_step": decision.step, f"{prefix}/schedule": decision.schedule})
             rows.append([decision.index, decision.step, decision.status, "; ".join(decision.reasons)])
         self.table(f"{prefix}/reasons", ["index", "step", "status", "reasons"], rows)
+
+    def histograms(self, counts: Mapping[str, Sequence[int]], *, low: float, high: float) -> None:
+        """Logs histograms by name: counts of equal bins from `low` to `high`."""
+        bins = {name: (list(values), np.linspace(low, high, len(values) + 1)) for name, values in counts.items()}
+        self._run.log({name: self._wandb.Histogram(np_histogram=pair) for name, pair in bins.items()}, commit=False)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
         """Logs a table."""

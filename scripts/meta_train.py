@@ -220,10 +220,13 @@ def main() -> None:
 
         def log(record: dict) -> None:
             record = {"elapsed": round(time.monotonic() - began, 1), **record}
+            histograms = {key: value for key, value in record.items() if isinstance(value, list)}
+            tracker.histograms(histograms, low=-1.0, high=1.0)
             tracker.log({key: value for key, value in record.items() if isinstance(value, int | float)})
             with (arguments.output / "log.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in record.items()}), flush=True)
+            shown = {key: value for key, value in record.items() if key not in histograms}
+            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in shown.items()}), flush=True)
 
         checkpoint = meta_train(
             config,

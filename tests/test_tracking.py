@@ -21,7 +21,7 @@ class FakeRun:
     def __init__(self, arguments: dict[str, Any]) -> None:
         self.arguments, self.logged, self.artifacts, self.finished = arguments, [], [], 0
 
-    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+    def log(self, values: dict[str, Any], step: int | None = None, commit: bool = True) -> None:
         self.logged.append((values, step))
 
     def log_artifact(self, artifact: FakeArtifact) -> None:
@@ -50,6 +50,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
 
     fake = types.ModuleType("wandb")
     fake.init, fake.Settings, fake.Artifact = init, dict, FakeArtifact  # type: ignore[attr-defined]
+    fake.Histogram = lambda np_histogram: ("histogram", *np_histogram)  # type: ignore[attr-defined]
     fake.Table = lambda columns, data: ("table", columns, data)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
     return started
@@ -153,3 +154,10 @@ def test_a_real_offline_run_lies_in_the_folder_given(tmp_path: Path, capfd: pyte
     assert {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} == {
         k: v for k, v in environment.items() if not k.startswith("WANDB")
     }
+
+
+def test_histograms_are_of_equal_bins(runs: list[FakeRun], tmp_path: Path):
+    with Tracker("project", config={}, directory=tmp_path) as tracker:
+        tracker.histograms({"steps": [1, 0, 2, 3]}, low=-1.0, high=1.0)
+    kind, counts, edges = runs[0].logged[0][0]["steps"]
+    assert (kind, counts, edges.tolist()) == ("histogram", [1, 0, 2, 3], [-1.0, -0.5, 0.0, 0.5, 1.0])

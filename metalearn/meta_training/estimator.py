@@ -42,7 +42,7 @@ class Estimator(Protocol):
         *,
         key: jax.Array,
         label: str | None = None,
-    ) -> tuple[PolicyParams, Any, dict[str, float]]:
+    ) -> tuple[PolicyParams, Any, dict[str, Any]]:
         """Runs one iteration's episodes and updates the policy.
 
         Args:
@@ -53,7 +53,7 @@ class Estimator(Protocol):
 
         Returns:
           Parameters, state, and figures for the log: at least `return`, `score`, `inner_steps` (optimizer steps that
-          the episodes took), `rollout_seconds` and `update_seconds`.
+          the episodes took), `rollout_seconds` and `update_seconds`. Lists are histograms of values from -1 to 1.
         """
         ...
 

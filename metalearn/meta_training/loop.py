@@ -384,9 +384,16 @@ def _iterate(
             "phase": "train",
             "iteration": state.iteration,
             "episodes": state.iteration * CHUNK * len(chunks),
+            **_gates(state.params),
             **metrics,
         }
     )
+
+
+def _gates(params: PolicyParams) -> dict[str, float]:
+    """Returns, per hyperparameter, how much of a domain's modifier transfers, 0 to 1."""
+    gate = 1.0 / (1.0 + np.exp(-np.asarray(params.network["gate"], np.float64)))
+    return {f"gate/{name}": float(value) for name, value in zip(CONTROLLED, gate, strict=True)}
 
 
 def _released(

@@ -22,7 +22,7 @@ import optax
 from flax import linen as nn
 
 from metalearn.controller import network
-from metalearn.controller.config import CONTROLLED, GROUP_CONTROLLED, ControllerConfig
+from metalearn.controller.config import CONTROLLED, GLOBAL_CONTROLLED, GROUP_CONTROLLED, ControllerConfig
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior, observe
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, returns_by_pool
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, SignalFeatures, percentile_scale
@@ -55,6 +55,7 @@ class PPOConfig:
     transfer_penalty: float = 0.02
 
 
+HISTOGRAM_BINS = 20
 MAX_LOG_RATIO = 10.0
 """Of the probability ratio: what an action far from the new mean would else make of a float32."""
 
@@ -257,7 +258,7 @@ class PPO:
         *,
         key: jax.Array,
         label: str | None = None,
-    ) -> tuple[PolicyParams, Any, dict[str, float]]:
+    ) -> tuple[PolicyParams, Any, dict[str, Any]]:
         """Rolls out every group with action noise, and updates policy and critic."""
         began = monotonic()
         episodes = concatenate(runner.run(chunks, params, prior, explore=1.0, label=label))
@@ -271,9 +272,25 @@ class PPO:
             **summarize(episodes),
             **{name: float(value) for name, value in metrics.items()},
             "log_std": float(np.mean(params.log_std)),
+            **action_histograms(episodes),
             **returns_by_pool(runner, chunks, episodes.reward.sum(1).reshape(-1, CHUNK)),
         }
         return params, state, record
+
+
+def action_histograms(episodes: Episode) -> dict[str, list[int]]:
+    """Returns counts of tanh(action) in `HISTOGRAM_BINS` equal bins from -1 to 1, of the start and of in-run steps.
+
+    Keys are "histogram/{start,step}/<hyperparameter>"; padded groups do not count.
+    """
+    there = np.broadcast_to(episodes.group_mask[:, None, :] > 0, episodes.group_action.shape[:-1])
+    actions = {f"start/{name}": episodes.start_action[:, index] for index, name in enumerate(CONTROLLED)}
+    actions |= {f"step/{name}": episodes.group_action[..., index][there] for index, name in enumerate(GROUP_CONTROLLED)}
+    actions |= {f"step/{name}": episodes.run_action[..., index] for index, name in enumerate(GLOBAL_CONTROLLED)}
+    return {
+        f"histogram/{name}": np.histogram(np.tanh(values), HISTOGRAM_BINS, (-1.0, 1.0))[0].tolist()
+        for name, values in actions.items()
+    }
 
 
 def summarize(episodes: Episode) -> dict[str, float]:

@@ -197,3 +197,18 @@ def test_summary_is_of_means(toy: RolloutRunner, acting: PolicyParams, prior: Pr
     summary = ppo.summarize(episodes)
     assert summary["return"] == pytest.approx(float(episodes.reward.sum(1).mean()))
     assert summary["score"] == pytest.approx(float(episodes.score.mean()))
+
+
+def test_action_histograms_count_every_action_of_groups_that_exist(
+    toy: RolloutRunner, acting: PolicyParams, prior: Prior
+):
+    episodes = explored(toy, acting, prior, 0)
+    mask = np.array(episodes.group_mask)
+    mask[:, -1] = 0.0
+    histograms = ppo.action_histograms(episodes._replace(group_mask=mask))
+    count, decisions = episodes.run_action.shape[:2]
+    assert sum(histograms["histogram/start/weight_decay"]) == count
+    assert sum(histograms["histogram/step/dropout"]) == count * decisions
+    assert sum(histograms["histogram/step/learning_rate"]) == decisions * int(mask.sum())
+    positive = np.tanh(episodes.start_action[:, 0]) >= 0.0
+    assert sum(histograms["histogram/start/learning_rate"][ppo.HISTOGRAM_BINS // 2 :]) == positive.sum()
