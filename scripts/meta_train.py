@@ -2,6 +2,7 @@
 
     python scripts/meta_train.py --preset smoke                        # a minute, simulated domains only
     python scripts/meta_train.py --preset laptop --data DIR --output runs/meta   # hours on 2 cores
+    python scripts/meta_train.py --preset gpu --data DIR --output runs/meta      # the same recipe, 25 times the episodes
 
 DIR holds one parquet or CSV file of interactions per domain, and optionally a MANIFEST.json that gives each a role:
 "meta-training" domains are learnt from, "validation" domains choose the iteration that is released. Killed, it resumes.
@@ -101,6 +102,24 @@ BPR, TOWERS, CLICKS, SEQUENCES, GRAPH = (
 )  # fmt: skip
 _SMALL, _MIDDLE = replace(SMALL, history=20), replace(MIDDLE, history=20)
 
+_FAMILIES = (
+    Recipe(bucket=_of(_SMALL, BPR), groups=2),
+    Recipe(bucket=_of(_MIDDLE, BPR), groups=2),
+    Recipe(bucket=_of(LARGE, BPR), groups=2, steps=(24, 128), search=(20, 24)),
+    Recipe(bucket=_of(_MIDDLE, TOWERS), groups=2),
+    Recipe(bucket=_of(WHOLE, TOWERS), groups=1, steps=(24, 128), search=(16, 24)),
+    # A click model scores every pair by itself: fewer users are evaluated.
+    Recipe(bucket=_of(_MIDDLE, CLICKS, evaluated=96), groups=2),
+    Recipe(bucket=_of(WHOLE, CLICKS, evaluated=96), groups=1, steps=(24, 128), search=(16, 24)),
+    Recipe(bucket=_of(_SMALL, SEQUENCES), groups=1, search=(12, 24)),
+    Recipe(bucket=_of(_MIDDLE, SEQUENCES, batch=64), groups=1, search=(12, 24)),
+    Recipe(bucket=_of(_SMALL, GRAPH), groups=1, search=(12, 24)),
+    Recipe(bucket=_of(_MIDDLE, GRAPH), groups=1, search=(16, 24)),
+)
+"""Five families, each at sizes up to whole domains."""
+_WIDE_SEARCH = (32, 48)
+"""Tasks and configurations of every pool's search on an accelerator."""
+
 PRESETS = {
     "smoke": Preset(
         recipes=(Recipe(bucket=SMALL, groups=4, steps=(8, 16), search=(12, 16)),),
@@ -115,23 +134,17 @@ PRESETS = {
         },
     ),
     "laptop": Preset(
-        recipes=(
-            Recipe(bucket=_of(_SMALL, BPR), groups=2),
-            Recipe(bucket=_of(_MIDDLE, BPR), groups=2),
-            Recipe(bucket=_of(LARGE, BPR), groups=2, steps=(24, 128), search=(20, 24)),
-            Recipe(bucket=_of(_MIDDLE, TOWERS), groups=2),
-            Recipe(bucket=_of(WHOLE, TOWERS), groups=1, steps=(24, 128), search=(16, 24)),
-            # A click model scores every pair by itself: fewer users are evaluated.
-            Recipe(bucket=_of(_MIDDLE, CLICKS, evaluated=96), groups=2),
-            Recipe(bucket=_of(WHOLE, CLICKS, evaluated=96), groups=1, steps=(24, 128), search=(16, 24)),
-            Recipe(bucket=_of(_SMALL, SEQUENCES), groups=1, search=(12, 24)),
-            Recipe(bucket=_of(_MIDDLE, SEQUENCES, batch=64), groups=1, search=(12, 24)),
-            Recipe(bucket=_of(_SMALL, GRAPH), groups=1, search=(12, 24)),
-            Recipe(bucket=_of(_MIDDLE, GRAPH), groups=1, search=(16, 24)),
-        ),
+        recipes=_FAMILIES,
         slices=4,
         simulated={512: 40, 1_024: 30, 4_096: 12, 6_144: 12},
         settings={},
+    ),
+    # Episodes of a chunk run side by side on an accelerator, and every local device takes chunks.
+    "gpu": Preset(
+        recipes=tuple(replace(recipe, groups=4 * recipe.groups, search=_WIDE_SEARCH) for recipe in _FAMILIES),
+        slices=8,
+        simulated={512: 160, 1_024: 120, 4_096: 48, 6_144: 48},
+        settings={"num_iterations": 400, "validation_episodes": 32},
     ),
 }
 
