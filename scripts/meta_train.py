@@ -2,7 +2,7 @@
 
     python scripts/meta_train.py --preset smoke                        # a minute, simulated domains only
     python scripts/meta_train.py --preset laptop --data DIR --output runs/meta   # hours on 2 cores
-    python scripts/meta_train.py --preset gpu --data DIR --output runs/meta      # the same recipe, 25 times the episodes
+    python scripts/meta_train.py --preset gpu --data DIR --output runs/meta      # the same recipe, 20 times as long
 
 DIR holds one parquet or CSV file of interactions per domain, and optionally a MANIFEST.json that gives each a role:
 "meta-training" domains are learnt from, "validation" domains choose the iteration that is released. Killed, it resumes.
