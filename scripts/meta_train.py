@@ -111,10 +111,10 @@ _FAMILIES = (
     # A click model scores every pair by itself: fewer users are evaluated.
     Recipe(bucket=_of(_MIDDLE, CLICKS, evaluated=96), groups=2),
     Recipe(bucket=_of(WHOLE, CLICKS, evaluated=96), groups=1, steps=(24, 128), search=(16, 24)),
-    Recipe(bucket=_of(_SMALL, SEQUENCES), groups=1, search=(12, 24)),
-    Recipe(bucket=_of(_MIDDLE, SEQUENCES, batch=64), groups=1, search=(12, 24)),
-    Recipe(bucket=_of(_SMALL, GRAPH), groups=1, search=(12, 24)),
-    Recipe(bucket=_of(_MIDDLE, GRAPH), groups=1, search=(16, 24)),
+    Recipe(bucket=_of(_SMALL, SEQUENCES), groups=1, search=(8, 16)),
+    Recipe(bucket=_of(_MIDDLE, SEQUENCES, batch=64), groups=1, search=(12, 16)),
+    Recipe(bucket=_of(_SMALL, GRAPH), groups=1, search=(8, 16)),
+    Recipe(bucket=_of(_MIDDLE, GRAPH), groups=1, search=(12, 16)),
 )
 """Five families, each at sizes up to whole domains."""
 _WIDE_SEARCH = (32, 48)

@@ -1,14 +1,14 @@
 """What is settled before the policy learns: the base configuration, the normaliser, and a supervised start.
 
 One grid of configurations, run with the base schedule over many tasks, serves all three.
-Shape legend: M trial, K term of the response surface, S start value, D descriptor.
+Shape legend: M trial, S start value, D descriptor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,13 @@ import optax
 from metalearn.controller import network
 from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import Normalizer
+from metalearn.meta_training.response_surface import Points, fit_surfaces, predict
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, make_chunk, relative_scores
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, fit_knots, percentile_scale
 
+NUM_CANDIDATES = 4096
+"""Configurations of which the bases are chosen."""
 SEARCH_BOX = {
     "learning_rate": (0.002, 0.25),
     "weight_decay": (0.01, 4.0),
@@ -190,78 +193,47 @@ def draw_steps(bounds: tuple[int, int], rng: np.random.Generator) -> int:
     return round(float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1])))))
 
 
-BANDWIDTH = 0.2
-"""Of the kernel over configurations in `surrogate_value`, as a share of the search box."""
-BASE_BANDWIDTH = 0.35
-"""Of the kernel under which `choose_base` fits."""
-WORST = -0.6
-"""Scores count as so far below their task's median at most: how badly a configuration fails is no matter."""
-_RIDGE = 1e-3
-
-
-def choose_base(result: SearchResult, config: ControllerConfig, *, seed: int) -> tuple[np.ndarray, float]:
-    """Chooses the configuration that does best on average over tasks.
-
-    Scores are centred within each task, pools weigh alike, and a quadratic without mixed terms is fitted around every
-    candidate under a Gaussian kernel. With one trial a point the best single trial would be mostly luck; one response
-    surface for the whole box was found to run into its corners; and a kernel average is biased towards its edges, where
-    the kernel is cut off.
-
-    Returns:
-      [S] in unit ranges, and its fitted score above the mean configuration.
-    """
-    low, high = search_box(config)
-    target = result.score.copy()
-    for task in np.unique(result.task):
-        rows = result.task == task
-        bounded = np.maximum(target[rows], np.median(target[rows]) + WORST)
-        target[rows] = bounded - bounded.mean()
-    weight = np.zeros(len(target))
-    for pool in np.unique(result.pool):
-        weight[result.pool == pool] = 1.0 / (result.pool == pool).sum()
-    trials = (result.start - low) / (high - low)
-    candidates = draw_configurations(4096, config, np.random.default_rng([seed, 12]))
-    fitted = np.concatenate(
-        [_local_fit(part, trials, target, weight) for part in np.array_split((candidates - low) / (high - low), 32)]
-    )
-    best = int(np.argmax(fitted))
-    return candidates[best].astype(np.float32), float(fitted[best])
-
-
-def _local_fit(points: np.ndarray, trials: np.ndarray, target: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Fits target [M] at points [P, S] by least squares on 1, d and d², d the offset of trials [M, S] from a point."""
-    offset = trials[None] - points[:, None]
-    kernel = np.exp(-0.5 * np.square(offset).sum(-1) / BASE_BANDWIDTH**2) * weight
-    terms = np.concatenate([np.ones_like(offset[..., :1]), offset, np.square(offset)], axis=-1)
-    weighted = terms * kernel[..., None]
-    ridge = _RIDGE * kernel.sum(1)[:, None, None] * np.diag([0.0, *[1.0] * (terms.shape[-1] - 1)])
-    moments = np.swapaxes(weighted, 1, 2) @ np.concatenate(
-        [terms, np.broadcast_to(target[:, None], (*kernel.shape, 1))], -1
-    )
-    return np.linalg.solve(moments[..., :-1] + ridge, moments[..., -1:])[:, 0, 0]
-
-
 def choose_bases(result: SearchResult, config: ControllerConfig, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the base of every family, and one for all other models, each without and with a known horizon.
 
-    Only the largest pool of a family counts: slices, with many epochs over few interactions, want a weight decay far
-    too strong for whole domains. (Counting slices in cost a third of the NDCG on a full-size validation domain.)
+    The configuration whose predicted score is best on average over the tasks that were searched. With one trial a point
+    the best single trial would be mostly luck. Only the largest pool of a family counts: slices, with many epochs over
+    few interactions, want a weight decay far too strong for whole domains. (Counting slices in cost a third of the NDCG
+    on a full-size validation domain.)
 
     Returns:
-      [1 + families, 2, S] in unit ranges, and the smoothed scores [1 + families, 2] above the mean configuration. A
+      [1 + families, 2, S] in unit ranges, and the predicted scores [1 + families, 2] above the mean configuration. A
       family without trials gets the base for all other models.
     """
     largest = np.isin(result.pool, [result.pool[result.family == family].max() for family in np.unique(result.family)])
+    result = SearchResult(**{name: value[largest] for name, value in vars(result).items()})
+    low, high = search_box(config)
+    _, first = np.unique(result.task, return_index=True)
+    knots = fit_knots(result.descriptors[first])
+    surfaces = fit_surfaces(
+        result,
+        (result.start - low) / (high - low),
+        percentile_scale(result.descriptors, knots, np),
+        num_families=len(config.families),
+        seed=seed,
+    )
+    candidates = draw_configurations(NUM_CANDIDATES, config, np.random.default_rng([seed, 12]))
+    position = jnp.asarray((candidates - low) / (high - low), jnp.float32)
+
+    @jax.jit
+    def value_on(descriptors: Any, family: Any, told: Any) -> Any:
+        everywhere = jnp.broadcast_to(descriptors, (len(position), len(descriptors)))
+        return predict(surfaces, Points(position, everywhere, jnp.full(len(position), told)), family)
+
     shape = 1 + len(config.families), 2
-    bases, scores = np.empty((*shape, len(CONTROLLED)), np.float32), np.empty(shape)
-    for family in range(shape[0]):
-        of_family = result.family == family if family and (result.family == family).any() else np.ones_like(largest)
-        for told in range(2):
-            rows = largest & of_family & (result.told == bool(told))
-            rows = rows if rows.any() else largest & of_family
-            part = SearchResult(**{name: value[rows] for name, value in vars(result).items()})
-            bases[family, told], scores[family, told] = choose_base(part, config, seed=seed)
-    return bases, scores
+    bases, gains = np.empty((*shape, len(CONTROLLED)), np.float32), np.empty(shape)
+    for family, told in np.ndindex(shape):
+        of_family = first[result.family[first] == family]
+        of_family = of_family if len(of_family) else first
+        described = percentile_scale(result.descriptors[of_family], knots, np).astype(np.float32)
+        value = np.mean([value_on(row, family, bool(told)) for row in described], axis=0)
+        bases[family, told], gains[family, told] = candidates[value.argmax()], value.max()
+    return bases, gains
 
 
 def fit_normalizer(episodes: Sequence[Episode], rng: np.random.Generator, limit: int = 60_000) -> Normalizer:
@@ -285,70 +257,6 @@ def identity_normalizer(config: ControllerConfig) -> Normalizer:
     return Normalizer(knots(len(config.descriptors)), knots(len(GROUP_FEATURES)), knots(len(GLOBAL_FEATURES)))
 
 
-NEIGHBOURHOOD = 2.0
-"""Of the kernel that weighs tasks by the distance of their percentile-scaled descriptors. It and the bandwidth were
-chosen by leaving domains out: the best configuration under such weights gained 2 to 3 % over the best on average. The
-network that is fitted to it keeps a part of that."""
-SIMILARITY_FLOOR = 0.02
-"""Weight of the least similar task: far from everything, the average over all tasks decides."""
-
-
-class Trials(NamedTuple):
-    """A search's trials, laid out for the surrogate; rows as in `SearchResult`."""
-
-    position: Any
-    """[M, S] configuration, as a share of the search box"""
-    value: Any
-    """[M] score centred within its task"""
-    weight: Any
-    """[M] one over the task's number of trials"""
-    task: Any
-    """[M] index of the task"""
-    descriptors: Any
-    """[tasks, D] percentile-scaled"""
-    family: Any
-    """[tasks] row in the base"""
-    told: Any
-    """[tasks] bool"""
-
-
-def lay_out(result: SearchResult, config: ControllerConfig, prior: Prior) -> Trials:
-    """Lays a search's trials out for `surrogate_value`."""
-    low, high = search_box(config)
-    _, first, task, count = np.unique(result.task, return_index=True, return_inverse=True, return_counts=True)
-    mean = np.bincount(task, result.score) / count
-    scaled = percentile_scale(result.descriptors[first], np.asarray(prior.normalizer.descriptors), np)
-    return Trials(
-        jnp.asarray((result.start - low) / (high - low), jnp.float32),
-        jnp.asarray(result.score - mean[task], jnp.float32),
-        jnp.asarray(1.0 / count[task], jnp.float32),
-        jnp.asarray(task),
-        jnp.asarray(scaled, jnp.float32),
-        jnp.asarray(result.family[first]),
-        jnp.asarray(result.told[first]),
-    )
-
-
-def surrogate_value(trials: Trials, position: Any, descriptors: Any, family: Any, told: Any, left_out: Any) -> Any:
-    """Predicts the centred score of a configuration on a described task: a kernel average over both.
-
-    Args:
-      position: [S] as a share of the search box.
-      descriptors: [D] percentile-scaled.
-      family: only its tasks count, or all if it is 0.
-      told: whether the horizon is known; only such tasks count.
-      left_out: index of a task whose trials do not count, for honest targets.
-    """
-    distance = jnp.square(trials.descriptors - descriptors).sum(-1)
-    similarity = jnp.exp(-0.5 * distance / NEIGHBOURHOOD**2) + SIMILARITY_FLOOR
-    of_family = (family == 0) | (trials.family == family)
-    counts = (trials.told == told) & of_family & (jnp.arange(len(trials.told)) != left_out)
-    similarity = jnp.where(counts, similarity, 0.0)
-    kernel = jnp.exp(-0.5 * jnp.square(trials.position - position).sum(-1) / BANDWIDTH**2)
-    weight = kernel * trials.weight * similarity[trials.task]
-    return (weight * trials.value).sum() / (weight.sum() + 1e-9)
-
-
 def fit_start(
     result: SearchResult,
     config: ControllerConfig,
@@ -357,7 +265,7 @@ def fit_start(
     *,
     seed: int,
     num_steps: int = 400,
-    batch: int = 192,
+    batch: int = 96,
     noise: float = 0.25,
     penalty: float = 0.02,
     rate: float = 3e-3,
@@ -365,14 +273,24 @@ def fit_start(
 ) -> tuple[Any, np.ndarray]:
     """Fits gate and modifier so that the start has the best value that the search's trials predict.
 
-    Maximises the mean of `surrogate_value` at start(descriptors), over the search's tasks with noise on their
+    Maximises the mean of `response_surface.predict` at start(descriptors), over the search's tasks with noise on their
     descriptors, each task's own trials left out; less penalty · ‖gate · tanh(modifier)‖², the transfer penalty.
 
     Returns:
       The network parameters, and the predicted value at each step.
     """
-    trials = lay_out(result, config, prior)
     low, high = (jnp.asarray(corner, jnp.float32) for corner in search_box(config))
+    _, first = np.unique(result.task, return_index=True)
+    scaled = percentile_scale(result.descriptors, np.asarray(prior.normalizer.descriptors), np)
+    surfaces = fit_surfaces(
+        result,
+        np.asarray((result.start - low) / (high - low)),
+        scaled,
+        num_families=len(config.families),
+        seed=seed,
+    )
+    described = jnp.asarray(scaled[first], jnp.float32)
+    family_of, told_of = jnp.asarray(result.family[first]), jnp.asarray(result.told[first])
     reach = jnp.asarray([reach.start for reach in config.reach], jnp.float32)
     base = jnp.asarray(prior.base, jnp.float32)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=1e-2))
@@ -381,7 +299,8 @@ def fit_start(
         proposal = network.start(config, params, descriptors, family)
         shift = proposal.gate * jnp.tanh(proposal.modifier)
         position = (base[family, told.astype(jnp.int32)] + shift * reach - low) / (high - low)
-        return surrogate_value(trials, position, descriptors, family, told, task), jnp.square(shift).sum()
+        point = Points(position[None], descriptors[None], told[None])
+        return predict(surfaces, point, family, task)[0], jnp.square(shift).sum()
 
     def loss_fn(params: Any, descriptors: Any, family: Any, told: Any, task: Any) -> tuple[Any, Any]:
         value, size = jax.vmap(value_of, in_axes=(None, 0, 0, 0, 0))(params, descriptors, family, told, task)
@@ -391,12 +310,12 @@ def fit_start(
     def update(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         params, state = carry
         key_task, key_noise, key_family = jax.random.split(key, 3)
-        task = jax.random.randint(key_task, (batch,), 0, len(trials.told))
-        clean = trials.descriptors[task]
+        task = jax.random.randint(key_task, (batch,), 0, len(first))
+        clean = described[task]
         # Zero is the median, and what an unknown descriptor becomes: it stays exactly zero.
         noisy = jnp.where(clean == 0.0, 0.0, clean + noise * jax.random.normal(key_noise, clean.shape))
-        family = jnp.where(jax.random.bernoulli(key_family, family_told_share, (batch,)), trials.family[task], 0)
-        (_, value), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, noisy, family, trials.told[task], task)
+        family = jnp.where(jax.random.bernoulli(key_family, family_told_share, (batch,)), family_of[task], 0)
+        (_, value), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, noisy, family, told_of[task], task)
         updates, state = optimizer.update(gradient, state, params)
         return (optax.apply_updates(params, updates), state), value
 

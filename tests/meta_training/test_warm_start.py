@@ -20,6 +20,7 @@ from metalearn.meta_training.warm_start import SEARCH_BOX, SearchResult, balance
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, fit_knots, percentile_scale
 
 S = len(CONTROLLED)
+pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 
 def synthetic_search(
@@ -69,6 +70,12 @@ def joined(*results: SearchResult) -> SearchResult:
     return SearchResult(task=np.concatenate([24 * i + result.task for i, result in enumerate(results)]), **columns)
 
 
+def chosen(result: SearchResult, config: ControllerConfig) -> tuple[np.ndarray, float]:
+    """Return the base for any model with a known horizon, and its predicted score."""
+    bases, scores = warm_start.choose_bases(result, config, seed=0)
+    return bases[0, 1], scores[0, 1]
+
+
 def test_configurations_are_a_latin_hypercube_of_the_box(config: ControllerConfig):
     low, high = warm_start.search_box(config)
     drawn = warm_start.draw_configurations(20, config, np.random.default_rng(0))
@@ -110,7 +117,7 @@ def test_steps_are_log_uniform():
 
 def test_the_base_is_where_the_optimum_is_not_where_luck_was(config: ControllerConfig):
     low, high = warm_start.search_box(config)
-    base, score = warm_start.choose_base(synthetic_search(config), config, seed=0)
+    base, score = chosen(synthetic_search(config), config)
     assert base.dtype == np.float32
     assert np.abs((base - low) / (high - low) - 0.6).max() < 0.15
     assert 0 < score < 5
@@ -120,16 +127,17 @@ def test_the_base_is_where_the_optimum_is_not_where_luck_was(config: ControllerC
 def test_the_base_drifts_little_to_the_edges_of_the_box(config: ControllerConfig, optimum: float):
     """A kernel average, which looks better where an edge cuts it off, drifts by 0.12 and 0.13 here."""
     result = joined(*(synthetic_search(config, optimum=optimum, pool=pool) for pool in range(3)))
-    base, _ = warm_start.choose_base(dataclasses.replace(result, score=0.2 * result.score), config, seed=0)
+    result = dataclasses.replace(result, score=0.2 * result.score, pool=np.zeros_like(result.pool))
+    base, _ = chosen(result, config)
     assert np.abs(share(base, config) - optimum).mean() < 0.1
 
 
 def test_the_base_does_not_depend_on_how_hard_tasks_are(config: ControllerConfig):
     result = synthetic_search(config)
     harder = dataclasses.replace(result, score=result.score - 100.0 * result.task)
-    one, other = (warm_start.choose_base(r, config, seed=0) for r in (result, harder))
+    one, other = (chosen(r, config) for r in (result, harder))
     np.testing.assert_array_equal(one[0], other[0])
-    assert one[1] == pytest.approx(other[1], abs=1e-6)
+    assert one[1] == pytest.approx(other[1], abs=1e-5)
 
 
 def share(base: np.ndarray, config: ControllerConfig) -> np.ndarray:
@@ -172,23 +180,20 @@ def test_every_family_gets_its_own_optimum(families: ControllerConfig, two_famil
 def test_only_the_largest_pool_of_a_family_counts(config: ControllerConfig):
     one_family = dataclasses.replace(config, families=("matrix_factorization",))
     result = joined(synthetic_search(config, family=1), synthetic_search(config, pool=1, family=1))
-    chosen = warm_start.choose_bases(result, one_family, seed=0)
+    both = warm_start.choose_bases(result, one_family, seed=0)
     for pool, counts in ((0, False), (1, True)):
         turned = dataclasses.replace(result, score=np.where(result.pool == pool, -result.score, result.score))
         again = warm_start.choose_bases(turned, one_family, seed=0)
-        assert all(np.array_equal(one, other) for one, other in zip(chosen, again, strict=True)) != counts
+        assert all(np.array_equal(one, other) for one, other in zip(both, again, strict=True)) != counts
 
 
 def test_without_families_there_is_one_base(config: ControllerConfig):
     alone = dataclasses.replace(config, families=())
-    result = synthetic_search(alone)
-    bases, scores = warm_start.choose_bases(result, alone, seed=0)
-    base, score = warm_start.choose_base(result, alone, seed=0)
-    np.testing.assert_array_equal(bases, np.broadcast_to(base, (1, 2, S)))
-    np.testing.assert_array_equal(scores, [[score, score]])
+    bases, scores = warm_start.choose_bases(synthetic_search(alone), alone, seed=0)
+    np.testing.assert_array_equal(bases, np.broadcast_to(bases[0, 1], (1, 2, S)))
+    assert scores[0, 0] <= scores[0, 1]  # nothing was run without a horizon: it promises less
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_supervised_start_learns_what_families_ask_for(config: ControllerConfig, prior: Prior):
     """Domains alike, one base for all: what is left is the family."""
     result = synthetic_search(config, optimum_shift=0.1)
@@ -197,7 +202,7 @@ def test_supervised_start_learns_what_families_ask_for(config: ControllerConfig,
         family=1 + (result.descriptors[:, 0] > 0),
         descriptors=np.broadcast_to(result.descriptors[:1], result.descriptors.shape),
     )
-    base, _ = warm_start.choose_base(result, config, seed=0)
+    base, _ = chosen(result, config)
     prior = prior._replace(base=np.broadcast_to(base, prior.base.shape))
     params = network.init(config, key=jax.random.key(0))
     fitted, _ = warm_start.fit_start(result, config, params, prior, seed=0, num_steps=200)
@@ -208,7 +213,6 @@ def test_supervised_start_learns_what_families_ask_for(config: ControllerConfig,
     assert low < other < high
 
 
-@pytest.mark.usefixtures("standard_promotion")
 def test_supervised_start_learns_what_domains_ask_for(config: ControllerConfig, prior: Prior):
     result = synthetic_search(config, optimum_shift=0.1, family=1)
     bases, _ = warm_start.choose_bases(result, config, seed=0)
@@ -227,35 +231,6 @@ def test_supervised_start_learns_what_domains_ask_for(config: ControllerConfig, 
     # Only the start was fitted: what acts in the run is as it was, at zero.
     for name in ("group_head", "run_head"):
         assert not np.any(fitted[name]["kernel"])
-
-
-def test_the_surrogate_leaves_out_the_task_itself_and_other_horizons(config: ControllerConfig, prior: Prior):
-    result = synthetic_search(config)
-    result = dataclasses.replace(result, told=result.task != 2)
-    trials = warm_start.lay_out(result, config, prior)
-    arguments = (jnp.full(S, 0.6), trials.descriptors[0], 0, jnp.bool_(True), 0)
-    before = warm_start.surrogate_value(trials, *arguments)
-    assert np.isfinite(before)
-    for task, counts in ((0, False), (1, True), (2, False)):
-        shifted = trials._replace(value=trials.value + jnp.where(trials.task == task, 5.0, 0.0))
-        assert (warm_start.surrogate_value(shifted, *arguments) != before) == counts
-    # Near the optimum it promises more than at a corner of the box.
-    assert before > warm_start.surrogate_value(trials, jnp.zeros(S), *arguments[1:])
-
-
-def test_the_surrogate_of_a_family_goes_by_its_tasks_alone(config: ControllerConfig, prior: Prior):
-    result = joined(synthetic_search(config, family=1), synthetic_search(config, pool=1, family=2))
-    trials = warm_start.lay_out(result, config, prior)
-    assert trials.family.tolist() == [1] * 24 + [2] * 24
-
-    def value(family: int, moved: int) -> float:
-        shifted = trials._replace(value=trials.value + jnp.where(trials.family[trials.task] == moved, 5.0, 0.0))
-        return float(
-            warm_start.surrogate_value(shifted, jnp.full(S, 0.6), trials.descriptors[0], family, jnp.bool_(True), 0)
-        )
-
-    for family, counts in ((0, (True, True)), (1, (True, False)), (2, (False, True))):
-        assert tuple(value(family, moved) != value(family, moved=0) for moved in (1, 2)) == counts
 
 
 def test_identity_normaliser_leaves_everything_in_range(config: ControllerConfig):
