@@ -31,3 +31,9 @@ class SchemaMismatchError(CheckpointError):
 
 class SessionError(MetalearnError):
     """A session or scheduler was called out of order, or resumed with a state that is not its own."""
+
+
+class AuditError(MetalearnError):
+    """An audit log is altered, cut, or not an audit log; the message names file and line, `line` is its number."""
+
+    line: int | None = None

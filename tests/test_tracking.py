@@ -65,7 +65,7 @@ def make_decision(index: int) -> Decision:
         run={"dropout": 0.1},
         schedule=1.0 - 0.1 * index,
         confidence=1.0,
-        explain=lambda: ("no change", "validation: best so far"),
+        reasons_fn=lambda: ("no change", "validation: best so far"),
     )
 
 

@@ -13,7 +13,10 @@ from metalearn.errors import CheckpointError
 from metalearn.spaces import CANONICAL_SPACE, HyperparameterSpace
 
 if TYPE_CHECKING:
+    from metalearn.controller.decision import Mode
+    from metalearn.controller.modes import Advisor
     from metalearn.profiles import DomainProfile
+    from metalearn.safety import GuardConfig
     from metalearn.session import Session
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -49,6 +52,9 @@ class Controller:
         interval: int | None = None,
         initial: Sequence[dict[str, float]] | None = None,
         withheld: Sequence[Collection[str]] | None = None,
+        mode: Mode = "control",
+        advisor: Advisor | None = None,
+        guard: GuardConfig | None = None,
     ) -> Session:
         """Starts a session on a domain; `ask` it for the start configuration.
 
@@ -63,10 +69,16 @@ class Controller:
           initial: per group, values to start from instead of the controller's own start: for optimizers it was not
             trained on.
           withheld: per group, hyperparameters of `space` that this group keeps to itself.
+          mode: `control`; `shadow` to decide and change nothing; `advise` to ask before each change; `frozen` to leave
+            the start configuration in force. `Session.switch` changes it.
+          advisor: for `advise`: gets what the controller would do, as a decision; returns True to let it, False to
+            leave the values where they are, or other values, with `groups` and `run` like a decision's.
+          guard: limits of its own; by default those that the controller was trained with.
 
         Raises:
           InvalidArgumentError: an argument is out of range; the message names it.
         """
+        from metalearn.safety import GuardConfig
         from metalearn.session import Session
 
         return Session(
@@ -80,6 +92,9 @@ class Controller:
             interval=interval,
             initial=initial,
             withheld=withheld,
+            mode=mode,
+            advisor=advisor,
+            guard=guard or GuardConfig(),
         )
 
 

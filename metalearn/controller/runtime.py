@@ -36,6 +36,16 @@ class NumpyNetwork:
         """Maps scaled descriptors [D] and the model family to the code that both parts read."""
         return np.tanh(self._dense("encoder", descriptors) + self._params["family"][family])
 
+    def code_towards(self, descriptors: np.ndarray, family: int, share: np.ndarray) -> np.ndarray:
+        """Maps to codes [..., C] between that of an unknown family (share 0) and that of a family (share 1).
+
+        Args:
+          descriptors: [..., D].
+          share: [...] in [0, 1].
+        """
+        rows, share = self._params["family"], share[..., None]
+        return np.tanh(self._dense("encoder", descriptors) + (1.0 - share) * rows[0] + share * rows[family])
+
     def start(self, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Maps the code to the gate [S] and the modifier before tanh [S]."""
         return _sigmoid(self._params["gate"]), self._dense("modifier", np.tanh(self._dense("start_hidden", code)))
@@ -49,22 +59,24 @@ class NumpyNetwork:
           hidden: [G, H], zeros at the start.
           group: [..., G, F] scaled group features; leading axes are variants of one observation.
           run: [..., F] scaled run features, with the same leading axes.
-          code: of domain and family, from `code`.
+          code: [C] of domain and family, from `code`.
           role: int [G].
+
+        Where every variant has a hidden state [..., G, H] of its own, each has a code [..., C] of its own.
 
         Returns:
           Action means before tanh, [..., G, A] and [..., B], and the next hidden state.
         """
-        constant = np.concatenate([code, hidden.mean(0)])
-        shared = np.concatenate([run, np.broadcast_to(constant, (*run.shape[:-1], constant.size))], axis=-1)
+        constant = np.concatenate([code, hidden.mean(-2)], axis=-1)
+        shared = np.concatenate([run, np.broadcast_to(constant, (*run.shape[:-1], constant.shape[-1]))], axis=-1)
         spread = np.broadcast_to(shared[..., None, :], (*group.shape[:-1], shared.shape[-1]))
         inputs = np.concatenate([group, spread], axis=-1)
         mixed = np.tanh(self._dense("mix", inputs) + self._params["role"][role])
         size = self.hidden_size
         from_input = self._dense("recurrent/input", mixed)
         from_hidden = self._dense("recurrent/hidden", hidden)
-        reset = _sigmoid(from_input[..., :size] + from_hidden[:, :size])
-        update = _sigmoid(from_input[..., size : 2 * size] + from_hidden[:, size : 2 * size])
-        new = np.tanh(from_input[..., 2 * size :] + reset * from_hidden[:, 2 * size :])
+        reset = _sigmoid(from_input[..., :size] + from_hidden[..., :size])
+        update = _sigmoid(from_input[..., size : 2 * size] + from_hidden[..., size : 2 * size])
+        new = np.tanh(from_input[..., 2 * size :] + reset * from_hidden[..., 2 * size :])
         hidden = (1.0 - update) * new + update * hidden
         return self._dense("group_head", hidden), self._dense("run_head", hidden.mean(-2)), hidden

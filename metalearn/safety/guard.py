@@ -1,111 +1,152 @@
 """The guard: a pipeline of small pure rules between what the policy proposes and what is applied.
 
-Shape legend: V value, every controlled value of every parameter group in one vector, in unit ranges.
+Shape legend as in `metalearn.safety.proposal`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
-Status = Literal["applied", "limited", "held"]
+from metalearn.errors import InvalidArgumentError
+from metalearn.safety.proposal import Bar, Proposal, Rule, Status, Verdict
+from metalearn.safety.rules import (
+    ROUNDING,
+    acceptance,
+    bounds,
+    caps,
+    cool_down,
+    finite_loss,
+    finite_values,
+    largest_deviation,
+    largest_step,
+    mask,
+    real_numbers,
+    trust_region,
+)
+
+STEP_RECOVERY = 1.1
+"""A largest step that was halved grows by this at each decision: it is whole again after eight."""
+SMALLEST_STEP_SCALE = 1 / 16
+
+_FIRST: tuple[Rule, ...] = (finite_loss, real_numbers)
+_LIMITS: tuple[Rule, ...] = (largest_step, trust_region, largest_deviation, caps, bounds)
+RULES: tuple[Rule, ...] = (*_FIRST, finite_values, mask, cool_down, *_LIMITS)
+OVERRIDE_RULES: tuple[Rule, ...] = (finite_values, mask, *_LIMITS)
+"""What holds for a human's values too, who may go where the policy is barred."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """What the policy wants, and what the rules need to judge it.
+class Acceptance:
+    """Asks the outcome model before every change.
+
+    Its deviation holds the luck of two runs, so that a bound far below one half rejects nearly everything; at one half
+    what is rejected is what it expects to lose more than the tolerance.
 
     Args:
-      labels: names of the values, as "learning_rate[0]".
-      current: [V] in force.
-      proposed: [V] wanted next.
-      start: [V] start configuration, the centre of the trust region.
-      low, high: [V] trust region around the start.
-      max_step: [V] largest change in one decision.
-      nonfinite_steps: steps of the last interval whose loss was not finite.
+      tolerance: loss that is put up with, as a share of the final metric, 0 to 1.
+      max_risk: highest probability of a larger loss, 0 to 1.
     """
 
-    labels: tuple[str, ...]
-    current: np.ndarray
-    proposed: np.ndarray
-    start: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    max_step: np.ndarray
-    nonfinite_steps: float
+    tolerance: float = 0.01
+    max_risk: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value in (("tolerance", self.tolerance), ("max_risk", self.max_risk)):
+            if not 0.0 <= value < 1.0:
+                raise InvalidArgumentError(f"`{name}` must be at least 0 and less than 1, got {value!r}; pass a share")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What is applied, and why it differs from what was proposed.
+class GuardConfig:
+    """Tightens the guard of a session; the default leaves every decision as the controller's own bounds make it.
 
     Args:
-      status: `applied` as proposed, `limited` by a rule, or `held` at the current values.
-      values: [V] to apply.
-      reasons: one sentence for each rule that intervened.
+      deviation: hyperparameter to its largest distance from the base, as a share of its unit range; by default as far
+        as the controller itself reaches: the start's shift and the trust region.
+      caps: hyperparameter to the lowest and highest value that the run's budget allows, in its own units.
+      cool_down: decisions for which a move that was rolled back is barred.
+      limit_cool_down: decisions for which a direction is barred in which a value has just been limited.
+      acceptance: rejects what the outcome model expects to do harm; None does not ask it, which would make a decision
+        take longer.
+
+    Raises:
+      InvalidArgumentError: a number is out of range; the message names it.
     """
 
-    status: Status
-    values: np.ndarray
-    reasons: tuple[str, ...]
+    deviation: Mapping[str, float] = field(default_factory=dict)
+    caps: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    cool_down: int = 5
+    limit_cool_down: int = 0
+    acceptance: Acceptance | None = None
+
+    def __post_init__(self) -> None:
+        for name, distance in self.deviation.items():
+            if not distance >= 0.0:
+                raise InvalidArgumentError(f"`deviation` of {name} must be at least 0, got {distance!r}")
+        for name, (low, high) in self.caps.items():
+            if not low <= high:
+                raise InvalidArgumentError(f"`caps` of {name} must be (lowest, highest), got {(low, high)!r}")
+        for name, count in (("cool_down", self.cool_down), ("limit_cool_down", self.limit_cool_down)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise InvalidArgumentError(f"`{name}` must be an int of at least 0, got {count!r}; pass decisions")
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The pipeline."""
+        if self.acceptance is None:
+            return RULES
+        return (
+            *RULES,
+            acceptance(tolerance=self.acceptance.tolerance, max_risk=self.acceptance.max_risk),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready values."""
+        asked = self.acceptance
+        return {
+            "deviation": {name: float(value) for name, value in sorted(self.deviation.items())},
+            "caps": {name: [float(low), float(high)] for name, (low, high) in sorted(self.caps.items())},
+            "cool_down": self.cool_down,
+            "limit_cool_down": self.limit_cool_down,
+            "acceptance": None if asked is None else [asked.tolerance, asked.max_risk],
+        }
 
 
-Rule = Callable[[Proposal], tuple[np.ndarray, str | None]]
-"""Returns the values it lets through, and a sentence if they are not those proposed."""
+@dataclass(frozen=True, kw_only=True)
+class GuardState:
+    """What the guard remembers between decisions.
 
+    Args:
+      bars: directions barred for now.
+      step_scale: share of the largest step that is allowed, halved by every rollback.
+      rollbacks: so far.
+    """
 
-def _named(proposal: Proposal, where: np.ndarray) -> str:
-    return ", ".join(label for label, hit in zip(proposal.labels, where, strict=True) if hit)
+    bars: tuple[Bar, ...] = ()
+    step_scale: float = 1.0
+    rollbacks: int = 0
 
+    def as_dict(self) -> dict[str, Any]:
+        """Returns JSON-ready values."""
+        return {
+            "bars": [list(bar) for bar in self.bars],
+            "step_scale": self.step_scale,
+            "rollbacks": self.rollbacks,
+        }
 
-def finite_loss(proposal: Proposal) -> tuple[np.ndarray, str | None]:
-    """Holds everything after an interval with losses that were not finite: its signals mean nothing."""
-    if not proposal.nonfinite_steps > 0:
-        return proposal.proposed, None
-    return (
-        proposal.current,
-        f"held: {proposal.nonfinite_steps:.0f} steps of the interval had a loss that was not finite",
-    )
-
-
-def finite_values(proposal: Proposal) -> tuple[np.ndarray, str | None]:
-    """Holds each value whose proposal is NaN or infinite."""
-    bad = ~np.isfinite(proposal.proposed)
-    if not bad.any():
-        return proposal.proposed, None
-    return np.where(bad, proposal.current, proposal.proposed), f"held {_named(proposal, bad)}: proposal was not finite"
-
-
-def _clip(proposal: Proposal, low: np.ndarray, high: np.ndarray, reason: str) -> tuple[np.ndarray, str | None]:
-    if ((low <= proposal.proposed) & (proposal.proposed <= high)).all():
-        return proposal.proposed, None
-    # A hair of tolerance: the policy's own arithmetic may meet a bound to the last bit.
-    clipped = np.clip(proposal.proposed, low, high)
-    moved = np.abs(clipped - proposal.proposed) > 1e-9
-    return clipped, f"limited {_named(proposal, moved)}: {reason}" if moved.any() else None
-
-
-def largest_step(proposal: Proposal) -> tuple[np.ndarray, str | None]:
-    """Limits the change of one decision."""
-    low, high = proposal.current - proposal.max_step, proposal.current + proposal.max_step
-    return _clip(proposal, low, high, "largest step of one decision")
-
-
-def trust_region(proposal: Proposal) -> tuple[np.ndarray, str | None]:
-    """Limits the distance from the start configuration."""
-    low, high = proposal.start + proposal.low, proposal.start + proposal.high
-    return _clip(proposal, low, high, "trust region around the base")
-
-
-def bounds(proposal: Proposal) -> tuple[np.ndarray, str | None]:
-    """Limits to the bounds of the hyperparameter space."""
-    return _clip(proposal, np.zeros_like(proposal.start), np.ones_like(proposal.start), "bounds of the space")
-
-
-RULES: tuple[Rule, ...] = (finite_loss, finite_values, largest_step, trust_region, bounds)
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> GuardState:
+        """Inverts `as_dict`."""
+        return cls(
+            bars=tuple(Bar(*(int(part) for part in bar)) for bar in content["bars"]),
+            step_scale=float(content["step_scale"]),
+            rollbacks=int(content["rollbacks"]),
+        )
 
 
 def judge(proposal: Proposal, rules: Sequence[Rule] = RULES) -> Verdict:
@@ -126,13 +167,66 @@ def judge(proposal: Proposal, rules: Sequence[Rule] = RULES) -> Verdict:
     >>> verdict.status, verdict.values.tolist(), verdict.reasons
     ('limited', [0.6], ('limited learning_rate[0]: largest step of one decision',))
     """
-    reasons = []
+    reasons: list[str] = []
+    rejected = None
     for rule in rules:
         values, reason = rule(proposal)
-        if values is not proposal.proposed:
-            proposal = replace(proposal, proposed=values)
         if reason:
             reasons.append(reason)
+            if reason.startswith("rejected:"):
+                rejected = proposal.proposed
+        if values is not proposal.proposed:
+            proposal = replace(proposal, proposed=values)
     held = any(reason.startswith("held:") for reason in reasons)
-    status: Status = "held" if held else "limited" if reasons else "applied"
-    return Verdict(status=status, values=proposal.proposed, reasons=tuple(reasons))
+    status: Status = "rejected" if rejected is not None else "held" if held else "limited" if reasons else "applied"
+    return Verdict(status=status, values=proposal.proposed, reasons=tuple(reasons), rejected=rejected)
+
+
+def after_decision(state: GuardState, proposal: Proposal, verdict: Verdict, config: GuardConfig) -> GuardState:
+    """Lets bars run down and steps recover, and bars the directions in which values were limited."""
+    limited: tuple[Bar, ...] = ()
+    if config.limit_cool_down and verdict.status == "limited":
+        with np.errstate(invalid="ignore"):
+            cut = np.nan_to_num(proposal.proposed - verdict.values, posinf=1.0, neginf=-1.0)
+        barred = {bar[:2] for bar in state.bars}  # was held by its bar, which shall run down
+        limited = tuple(bar for bar in _bars(cut, config.limit_cool_down) if bar[:2] not in barred)
+    if not (state.bars or limited) and state.step_scale == 1.0:
+        return state
+    running = tuple(bar._replace(remaining=bar.remaining - 1) for bar in state.bars if bar.remaining > 1)
+    scale = min(1.0, state.step_scale * STEP_RECOVERY)
+    return replace(state, bars=_longest(running + limited), step_scale=scale)
+
+
+def after_rollback(
+    state: GuardState, move: np.ndarray, config: GuardConfig, erased: GuardState | None = None
+) -> GuardState:
+    """Bars a move that was rolled back and halves the largest step.
+
+    Args:
+      state: the guard's at the moment that the run went back to.
+      move: [V] what the run had moved since then.
+      erased: the guard's just before it went back: what was barred or halved then still is.
+    """
+    erased = state if erased is None else erased
+    return GuardState(
+        bars=_longest(state.bars + erased.bars + _bars(move, config.cool_down)),
+        step_scale=max(SMALLEST_STEP_SCALE, 0.5 * min(state.step_scale, erased.step_scale)),
+        rollbacks=max(state.rollbacks, erased.rollbacks) + 1,
+    )
+
+
+def _bars(move: np.ndarray, decisions: int) -> tuple[Bar, ...]:
+    if decisions == 0:
+        return ()
+    moved = np.flatnonzero(np.abs(move) > ROUNDING).tolist()
+    return tuple(Bar(index, int(math.copysign(1, move[index])), decisions) for index in moved)
+
+
+def _longest(bars: Sequence[Bar]) -> tuple[Bar, ...]:
+    """Keeps the longest bar of each value and direction."""
+    longest: dict[tuple[int, int], Bar] = {}
+    for bar in bars:
+        known = longest.get(bar[:2])
+        if known is None or known.remaining < bar.remaining:
+            longest[bar[:2]] = bar
+    return tuple(sorted(longest.values()))

@@ -1,5 +1,7 @@
-"""PyTorch: the scheduler that steers a training loop. Loads torch, never jax."""
+"""PyTorch: the scheduler that steers a training loop, and what a rollback goes back to. Loads torch, never jax."""
 
+from metalearn.safety.rollback import Constraints, Rollback, RollbackConfig
 from metalearn.torch.scheduler import MetaScheduler
+from metalearn.torch.snapshots import Snapshots
 
-__all__ = ["MetaScheduler"]
+__all__ = ["Constraints", "MetaScheduler", "Rollback", "RollbackConfig", "Snapshots"]

@@ -166,6 +166,11 @@ class Bindings:
         for module in self._dropouts:
             module.p = value
 
+    def release_dropout(self) -> None:
+        """Gives dropout layers back what was theirs."""
+        for module, value in zip(self._dropouts, self._own_dropouts, strict=True):
+            module.p = value
+
     def attach(self, prepare: Callable[[], Sequence[float]], finish: Callable[[], None] | None) -> None:
         """Registers the hooks.
 
@@ -303,8 +308,7 @@ class Bindings:
             hook.remove()
         self._hooks = []
         self._restore()
-        for module, value in zip(self._dropouts, self._own_dropouts, strict=True):
-            module.p = value
+        self.release_dropout()
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
 import torch
 
-from metalearn.audit import DecisionLog
+from metalearn.audit import AuditLog
 from metalearn.controller.controller import Controller, load_controller
-from metalearn.controller.decision import Decision
+from metalearn.controller.decision import Decision, Mode
+from metalearn.controller.modes import Advisor
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.profiles import DomainProfile
+from metalearn.safety.guard import GuardConfig
+from metalearn.safety.rollback import Rollback, RollbackConfig
+from metalearn.signals import IntervalStatistics
 from metalearn.torch.averaging import AVERAGE_EVERY, WeightAverage
 from metalearn.torch.bindings import Bindings, infer_roles
 from metalearn.torch.monitor import Monitor
+from metalearn.torch.recovery import Recovery
 
 MAX_IDLE_CALLS = 1000
 """Calls without an optimizer step that are put down to gradient accumulation or a GradScaler finding its scale."""
@@ -32,6 +39,11 @@ class MetaScheduler:
 
     Decisions are in force while `optimizer.step` runs and at no other time: `param_groups` keeps the user's and other
     schedulers' values, and what those schedulers make of the learning rate multiplies the controller's.
+
+    With `rollback`, an interval that goes wrong (what that is, `RollbackConfig` says) is taken back: weights,
+    optimizer, random generators and what is `tracked` are again as in the last snapshot, `steps` counts from there,
+    and what was decided since is barred for a while. A loop that is to take all steps of its horizon goes on
+    `while scheduler.steps < horizon`; one over a fixed number of steps ends that much earlier on its schedule.
 
     Args:
       optimizer: AdamW for the whole effect. Of others what can be controlled is (`masked` says what is not, and why),
@@ -47,8 +59,17 @@ class MetaScheduler:
       controller: a `Controller`, a checkpoint's path, or None for the one that ships with metalearn.
       metric: key of the metric in what `report` gets; needed only if there are several and none is a ranking metric.
       mode: "max" if a higher metric is better, "min" if lower.
-      decision_log: JSON Lines file to append decisions to.
+      decision_log: audit log to append decisions to, or the path of one.
       name: of this run, in the decision log.
+      rollback: when a run goes back to its last good snapshot, and what that may cost; None never does, and takes no
+        memory for snapshots: two hold twice what model and optimizer do.
+      tracked: what else goes back: other schedulers (step them before this one), GradScaler, sampler or loader,
+        random generators; all with `state_dict` and `load_state_dict`. The data goes on where it is if its position is
+        not tracked. The first snapshot is taken at the first optimizer step.
+      steering: `control` decides; `shadow` decides and logs, and changes nothing; `advise` asks `advisor` before each
+        change; `frozen` leaves the values where they are. See `switch`.
+      advisor: for `advise`: called with a `Decision`, returns True, False, or an object with `groups` and `run`.
+      guard: tightens what the controller may do.
 
     Raises:
       InvalidArgumentError: an argument is out of range; the message names it.
@@ -86,8 +107,13 @@ class MetaScheduler:
         controller: Controller | str | Path | None = None,
         metric: str | None = None,
         mode: Literal["max", "min"] = "max",
-        decision_log: str | Path | None = None,
+        decision_log: AuditLog | str | Path | None = None,
         name: str = "",
+        rollback: RollbackConfig | None = None,
+        tracked: Sequence[Any] = (),
+        steering: Mode = "control",
+        advisor: Advisor | None = None,
+        guard: GuardConfig | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise InvalidArgumentError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}")
@@ -113,13 +139,22 @@ class MetaScheduler:
             interval=interval,
             initial=None if self._bindings.uses_prior else self._bindings.initial(),
             withheld=self._bindings.withheld,
+            mode=steering,
+            advisor=advisor,
+            guard=guard,
         )
         self._interval = self._session.interval
         self._metric, self._sign = metric, 1.0 if mode == "max" else -1.0
         self._monitor = Monitor(optimizer, self._interval)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        self._average = WeightAverage(params) if horizon is None else None
-        self._log = DecisionLog(decision_log, name=name) if decision_log is not None else None
+        self._average = WeightAverage(params) if horizon is None and steering != "shadow" else None
+        self._log = AuditLog(decision_log, name=name) if isinstance(decision_log, str | Path) else decision_log
+        self._recovery = (
+            None if rollback is None else Recovery(rollback, model=model, optimizer=optimizer, tracked=tracked)
+        )
+        self._told: dict[str, Any] | None = None
+        """of the decision just made, what it was made from: session and statistics go into the snapshot to be taken"""
+        self._in_average = False
         self._unlogged: Decision | None = None
         self._recorded_steps = 0
         self._idle_calls, self._idle_since = 0, -1
@@ -129,7 +164,10 @@ class MetaScheduler:
         self._table_start = -1
         self.should_validate = False
         """Whether an interval has just ended: evaluate and `report` now, or it decides at the next step without one."""
+        self.rolled_back = False
+        """Whether the last call brought the last good snapshot back: the loop goes on from there."""
         self.decisions: list[Decision] = []
+        """All that were ever in force, in this order; of rolled-back intervals too."""
         self._accept(self._session.ask())
         self._bindings.attach(self._before_steps, None if self._average is None else self._update_average)
         optimizer._metalearn_attached = True  # type: ignore[attr-defined]
@@ -148,6 +186,16 @@ class MetaScheduler:
     def decision(self) -> Decision:
         """The decision in force."""
         return self._session.ask()
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done; those that were rolled back do not count."""
+        return self._bindings.steps
+
+    @property
+    def rollbacks(self) -> tuple[Rollback, ...]:
+        """What was rolled back so far, and why."""
+        return () if self._recovery is None else tuple(self._recovery.records)
 
     @property
     def masked(self) -> Mapping[str, str]:
@@ -180,14 +228,22 @@ class MetaScheduler:
           SessionError: it is called again and again without the optimizer stepping.
         """
         monitor, steps = self._monitor, self._bindings.steps
+        self.rolled_back = False
         if steps == self._recorded_steps:
             self._count_idle_call(steps)
             return
         if self.should_validate:
             self._decide()
+            if self.rolled_back:
+                return
         monitor.record(loss)
         self._recorded_steps = steps
         self.should_validate = monitor.steps >= self._interval
+        if self._recovery is not None:
+            if self._told is not None:
+                self._save(**self._told)
+            if self.should_validate:
+                self._recovery.end_interval()
 
     def report(self, metrics: float | Mapping[str, float]) -> Decision:
         """Takes in validation metrics; at the end of an interval, decides.
@@ -196,14 +252,18 @@ class MetaScheduler:
           metrics: the metric, or a mapping that holds it.
 
         Returns:
-          The decision now in force.
+          The decision now in force. Inside `averaged_parameters` that is the one before: it decides when the weights
+          are back.
 
         Raises:
           InvalidArgumentError: the mapping is empty, or it is unclear which entry is the metric.
         """
         self._validation = self._sign * self._pick(metrics)
-        if self.should_validate:
+        self.rolled_back = False
+        if self.should_validate and not self._in_average:
             self._decide()
+            if self._told is not None:
+                self._save(**self._told)
         return self.decision
 
     @contextmanager
@@ -215,8 +275,69 @@ class MetaScheduler:
         if self._average is None:
             yield
             return
-        with self._average.swapped():
+        try:
+            with self._average.swapped():
+                self._in_average = True
+                yield
+        finally:
+            self._in_average = False
+        if self.should_validate and not math.isnan(self._validation):
+            self.report(self._sign * self._validation)
+
+    @contextmanager
+    def survive_out_of_memory(self) -> Iterator[None]:
+        """Goes back to the last good snapshot when a training step inside the block runs out of memory.
+
+        Then `rolled_back` is true, the memory is free again, and the step is to be repeated. After repeated rollbacks
+        nothing is left that the controller could take back: then the error is raised.
+
+        Example:
+          >>> def train(loader, scheduler, train_step):
+          ...     for batch in loader:
+          ...         with scheduler.survive_out_of_memory():
+          ...             scheduler.step(train_step(batch))
+          ...         if scheduler.rolled_back:
+          ...             continue
+          ...         if scheduler.should_validate:
+          ...             scheduler.report(validate())
+        """
+        self.rolled_back = False
+        try:
             yield
+        except torch.OutOfMemoryError as error:
+            recovery = self._recovery
+            if recovery is None or recovery.fallen_back or not recovery.ready:
+                raise
+            reason = f"out of memory: {error}"
+            traceback.clear_frames(error.__traceback__)  # they hold the batch's activations
+        else:
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        self._roll_back(reason)
+
+    def switch(self, steering: Mode, *, advisor: Advisor | None = None) -> Decision:
+        """Changes what becomes of decisions; see `steering` of the class.
+
+        A run that leaves `shadow` goes on from the optimizer's own values, one that enters it gets them back.
+
+        Args:
+          steering: from now on.
+          advisor: for `advise`; None keeps the one there is.
+
+        Returns:
+          The decision now in force.
+
+        Raises:
+          InvalidArgumentError: there is no such mode, or no advisor.
+        """
+        leaves = self._session.mode == "shadow" and steering != "shadow"
+        initial = self._bindings.initial() if leaves else None
+        self._accept(self._session.switch(steering, advisor=advisor, initial=initial))
+        if steering == "shadow":
+            self._bindings.release_dropout()
+        return self.decision
 
     def detach(self) -> None:
         """Lets go of the optimizer and the model: groups hold their own values, as all along, dropout layers again."""
@@ -226,12 +347,8 @@ class MetaScheduler:
     def state_dict(self) -> dict[str, Any]:
         """Returns everything that later decisions depend on; tensors, numbers, strings, lists and dicts only."""
         return {
-            "session": self._session.state_dict(),
-            "bindings": self._bindings.state_dict(),
-            "monitor": self._monitor.state_dict(),
-            "average": None if self._average is None else self._average.state_dict(),
-            "recorded_steps": self._recorded_steps,
-            "validation": self._validation,
+            **self._position(self._session.state_dict()),
+            "recovery": None if self._recovery is None else self._recovery.state_dict(),
             "decisions": [decision.as_dict() for decision in self.decisions],
         }
 
@@ -241,24 +358,74 @@ class MetaScheduler:
         Raises:
           SessionError: the state is of a run with other groups, horizon or interval.
         """
-        self._session.load_state_dict(state["session"])
-        self._bindings.load_state_dict(state["bindings"])
-        self._monitor.load_state_dict(state["monitor"])
-        if self._average is not None:
-            self._average.load_state_dict(state["average"])
-        self._recorded_steps = int(state["recorded_steps"])
-        self.should_validate = self._monitor.steps >= self._interval
-        self._validation = float(state["validation"])
+        self._go_to(state)
         self.decisions = [Decision.from_dict(decision) for decision in state["decisions"]]
+        if self._recovery is not None and state["recovery"] is not None:
+            self._recovery.load_state_dict(state["recovery"])
+        self._unlogged = self.decisions[0] if self._bindings.steps == 0 else None
+
+    def _position(self, session: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns where the run is, with a given state of the session."""
+        return {
+            "session": session,
+            "bindings": self._bindings.state_dict(),
+            "monitor": self._monitor.state_dict(),
+            "average": None if self._average is None else self._average.state_dict(),
+            "recorded_steps": self._recorded_steps,
+            "validation": self._validation,
+        }
+
+    def _go_to(self, position: Mapping[str, Any]) -> None:
+        """Inverts `_position`."""
+        self._session.load_state_dict(position["session"])
+        self._bindings.load_state_dict(position["bindings"])
+        self._monitor.load_state_dict(position["monitor"])
+        if self._average is not None:
+            self._average.load_state_dict(position["average"])
+        self._recorded_steps = int(position["recorded_steps"])
+        self.should_validate = self._monitor.steps >= self._interval
+        self._validation = float(position["validation"])
+        self._told = None
         self._bindings.take(self.decision.groups)
         self._set_dropout(self.decision)
-        self._unlogged = self.decisions[0] if self._bindings.steps == 0 else None
+
+    def _save(self, session: Mapping[str, Any], statistics: Sequence[Any] | None) -> None:
+        """Takes a snapshot.
+
+        Args:
+          session: its state before the last decision, which a rollback is to make anew.
+          statistics: that it was made from; None if the snapshot does not follow one.
+        """
+        recovery, self._told = self._recovery, None
+        assert recovery is not None
+        recovery.save(self._bindings.steps, {**self._position(session), "statistics": statistics})
+        recovery.start_interval()
+
+    def _roll_back(self, reason: str) -> None:
+        recovery = self._recovery
+        assert recovery is not None
+        step, saved = self._bindings.steps, recovery.saved()
+        self._go_to(saved)  # before the optimizer: this puts back what a step that raised has left in its groups
+        record = recovery.restore(step, reason)
+        self.rolled_back = True
+        if self._log is not None:
+            self._log.append("rollback", asdict(record))
+        if record.fallback:
+            self._session.fall_back(reason)
+        else:
+            self._session.bar(reason)
+        self._accept(self._session.ask())
+        if saved["statistics"] is not None:
+            self._accept(self._session.tell(IntervalStatistics(*saved["statistics"])))
+        recovery.start_interval()
 
     def _before_steps(self) -> list[float]:
         """Probes if the coming step is to be probed; returns the schedule's factors up to the next step that is."""
         if self._unlogged is not None and self._log is not None:
-            self._log.append(self._unlogged)
+            self._log.record_decision(self._unlogged)
             self._unlogged = None
+        if self._recovery is not None and self._recovery.needs_first and self._session.mode != "shadow":
+            self._save(self._session.state_dict(), None)
         step = self._bindings.steps
         remaining = self._interval - self._monitor.steps - step + self._recorded_steps
         if remaining <= 2:
@@ -287,10 +454,22 @@ class MetaScheduler:
         began = perf_counter()
         statistics = self._monitor.statistics(validation=self._validation, batch_size=self._session.batch_size)
         self._validation = math.nan
-        self._accept(
-            self._session.tell(statistics), validation=float(statistics.validation), seconds=statistics.seconds
-        )
         self.should_validate = False
+        recovery = self._recovery
+        if recovery is None or not recovery.ready or self._session.mode == "shadow":
+            recovery = None
+        found = () if recovery is None else recovery.judge(statistics)
+        if found:
+            self._roll_back("; ".join(found))
+        else:
+            if recovery is not None:
+                recovery.start_interval()
+                if recovery.due:
+                    with recovery.timed():
+                        self._told = {"session": self._session.state_dict(), "statistics": list(statistics)}
+            self._accept(
+                self._session.tell(statistics), validation=float(statistics.validation), seconds=statistics.seconds
+            )
         self._host_seconds += perf_counter() - began
 
     def _accept(self, decision: Decision, **context: Any) -> None:
@@ -299,10 +478,10 @@ class MetaScheduler:
         self._set_dropout(decision)
         if self._log is None:
             return
-        if decision.index == 0:
+        if len(self.decisions) == 1:
             self._unlogged = decision  # until the first step: a state may yet be loaded, of a run that has logged it
         else:
-            self._log.append(decision, **context)
+            self._log.record_decision(decision, **context)
 
     def _set_dropout(self, decision: Decision) -> None:
         if "dropout" in decision.run:

@@ -19,7 +19,7 @@ def _decision(index: int, **run: float) -> Decision:
         run=run,
         schedule=1.0,
         confidence=1.0,
-        explain=lambda: (),
+        reasons_fn=lambda: (),
     )
 
 

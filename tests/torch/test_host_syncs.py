@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from envs.domains import Domain
 from metalearn import Controller
-from metalearn.torch import monitor
+from metalearn.torch import RollbackConfig, monitor
 from tests.torch.runs import start
 
 INTERVAL = 6
@@ -87,3 +87,23 @@ def test_a_whole_step_reads_no_more_than_without(domain: Domain, controller: Con
                     run.scheduler.step(loss)
         counts.append(operations.reads)
     assert counts[0] == counts[1]
+
+
+def test_rollback_reads_once_a_decision_whether_all_is_finite(domain: Domain, controller: Controller):
+    run = start(domain, controller=controller, horizon=120, interval=INTERVAL, rollback=RollbackConfig())
+    scheduler, optimizer = run.scheduler, run.optimizer
+    assert scheduler is not None
+    for _ in range(3 * INTERVAL):
+        loss = run.backward()
+        with Operations() as hooked:
+            for hook in list(optimizer._optimizer_step_pre_hooks.values()):
+                hook(optimizer, (), {})
+        for hook in list(optimizer._optimizer_step_post_hooks.values()):
+            hook(optimizer, (), {})
+        with Operations() as recording:
+            scheduler.step(loss)
+        assert hooked.reads == recording.reads == {}
+        if scheduler.should_validate:
+            with Operations() as deciding:
+                scheduler.report(0.1)
+            assert deciding.reads == {"_local_scalar_dense": 1}

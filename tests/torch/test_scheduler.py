@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -457,4 +456,4 @@ def test_a_steered_run_loads_no_jax(controller_path: Path, tmp_path: Path):
         cwd=ROOT,
     )
     assert run.returncode == 0, run.stderr
-    assert [json.loads(line)["index"] for line in log.read_text(encoding="utf-8").splitlines()] == [0, 1, 2, 3]
+    assert [record["index"] for record in read_decisions(log)] == [0, 1, 2, 3]

@@ -1,0 +1,391 @@
+"""A run that is rolled back equals one that never took the bad action, to the bit; and what happens around it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from envs.domains import Domain
+from envs.recommenders import MatrixFactorization
+from metalearn import Controller
+from metalearn.audit import read_decisions
+from metalearn.torch import Constraints, RollbackConfig
+from tests.torch.runs import Run, start
+
+INTERVAL, HORIZON = 6, 48
+EVERY = RollbackConfig(every=1)
+
+
+def adamw(model: MatrixFactorization) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameter_groups(), foreach=True)
+
+
+def momentum(model: MatrixFactorization) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+class Loop:
+    """A steered run with another scheduler, whose sampler and scheduler are tracked."""
+
+    def __init__(
+        self,
+        domain: Domain,
+        controller: Controller,
+        *,
+        optimizer: Callable[[MatrixFactorization], torch.optim.Optimizer] = adamw,
+        tracked: bool = True,
+        rollback: RollbackConfig | None = EVERY,
+        **options: Any,
+    ) -> None:
+        schedules: list[Any] = []
+        samplers: list[Any] = []
+
+        class Late:
+            """What is made after the MetaScheduler, tracked all the same."""
+
+            def __init__(self, made: list[Any]) -> None:
+                self._made = made
+
+            def state_dict(self) -> Any:
+                return self._made[0].state_dict()
+
+            def load_state_dict(self, state: Any) -> None:
+                self._made[0].load_state_dict(state)
+
+        def make(model: MatrixFactorization) -> torch.optim.Optimizer:
+            made = optimizer(model)
+            schedules.append(torch.optim.lr_scheduler.StepLR(made, 5, gamma=0.9))
+            return made
+
+        # The list is filled while `start` makes the optimizer, before it makes the MetaScheduler.
+        self.run: Run = start(
+            domain,
+            controller=controller,
+            optimizer=make,
+            interval=INTERVAL,
+            rollback=rollback,
+            **({"tracked": _Deferred(schedules, Late(samplers))} if tracked else {}),
+            **options,
+        )
+        self.schedule = schedules[0]
+        samplers.append(self.run.sampler)
+        assert self.run.scheduler is not None
+        self.scheduler = self.run.scheduler
+
+    def step(self, spoil: Callable[[Run], object] = lambda run: None) -> None:
+        run = self.run
+        loss = run.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        self.schedule.step()
+        spoil(run)
+        self.scheduler.step(loss)
+
+    def report(self, value: float | None = None) -> None:
+        if self.scheduler.should_validate:
+            with self.scheduler.averaged_parameters():
+                score = self.run.model.score(torch.arange(8)).std().item()
+            self.scheduler.report(score if value is None else value)
+
+    def advance(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+            self.report()
+
+    def contents(self) -> list[Any]:
+        """Return all that training depends on."""
+        optimizer, scheduler = self.run.optimizer, self.scheduler
+        with scheduler.averaged_parameters():
+            averaged = [p.detach().clone() for p in self.run.model.parameters()]
+        moments = [v for p in self.run.model.parameters() for _, v in sorted(optimizer.state[p].items())]
+        return [
+            *(p.detach().clone() for p in self.run.model.parameters()),
+            *averaged,
+            *(v.clone() if isinstance(v, torch.Tensor) else v for v in moments),
+            torch.get_rng_state(),
+            self.schedule.state_dict()["last_epoch"],
+            [group["lr"] for group in optimizer.param_groups],
+            scheduler.steps,
+            scheduler.get_last_lr(),
+            scheduler.decision.groups,
+            scheduler.decision.run,
+            scheduler.decision.step,
+            self.run.model.dropout.p,
+        ]
+
+
+class _Deferred(list):
+    """What is tracked, of which the first is known only when the optimizer is made."""
+
+    def __init__(self, first: list[Any], *rest: Any) -> None:
+        super().__init__(rest)
+        self._first = first
+
+    def __iter__(self):
+        yield from self._first
+        yield from super().__iter__()
+
+
+def assert_same(one: list[Any], other: list[Any]) -> None:
+    for index, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+        same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
+        assert same, (index, mine, theirs)
+
+
+def spoil_weights(run: Run) -> None:
+    """What a thousandfold learning rate does."""
+    with torch.no_grad():
+        run.model.user.weight.mul_(1e30).mul_(1e30)
+
+
+@pytest.mark.parametrize("reports", [True, False], ids=["reports", "none"])
+@pytest.mark.parametrize("horizon", [HORIZON, None], ids=["horizon", "averaging"])
+@pytest.mark.parametrize("optimizer", [adamw, momentum])
+def test_it_equals_a_run_that_never_took_the_bad_action(
+    domain: Domain, controller: Controller, optimizer: Any, horizon: int | None, reports: bool
+):
+    """The twin's session is barred, by hand, from the move that the other made after its snapshot."""
+    options: dict[str, Any] = {"optimizer": optimizer, "horizon": horizon}
+
+    def go(loop: Loop, steps: int) -> None:
+        for _ in range(steps):
+            loop.step()
+            if reports:
+                loop.report()
+
+    bad = Loop(domain, controller, **options)
+    go(bad, 3 * INTERVAL)
+    for index in range(INTERVAL):
+        bad.step(spoil_weights if index == 3 else lambda run: None)
+        if reports:
+            bad.report()
+    if not reports:
+        bad.step()  # the interval is judged when the next one begins
+    assert bad.scheduler.rolled_back
+    (record,) = bad.scheduler.rollbacks
+    judged_late = not reports
+    assert (record.step, record.to_step) == (4 * INTERVAL + judged_late, 3 * INTERVAL + judged_late)
+    assert "not finite" in record.reason and not record.fallback
+    assert [d.status for d in bad.scheduler.decisions].count("rolled back") == 1
+    after_rollback = bad.contents()
+    go(bad, 2 * INTERVAL)
+    at_the_end = bad.contents()
+
+    twin = Loop(domain, controller, **options)
+    go(twin, 3 * INTERVAL - (1 if reports else 0))
+    session, tell = twin.scheduler._session, twin.scheduler._session.tell
+
+    def barred_first(statistics: Any) -> Any:
+        before = session.state_dict()
+        tell(statistics)
+        session.load_state_dict(before)
+        session.bar("as if it had been tried")
+        return tell(statistics)
+
+    session.tell = barred_first
+    go(twin, 1)
+    session.tell = tell
+    assert_same(after_rollback, twin.contents())
+    go(twin, 2 * INTERVAL)
+    assert_same(at_the_end, twin.contents())
+
+
+def test_a_second_rollback_finds_the_same_snapshot(domain: Domain, controller: Controller):
+    loop = Loop(domain, controller, horizon=HORIZON)
+    loop.advance(2 * INTERVAL)
+    outcomes = []
+    for _ in range(2):
+        for _ in range(INTERVAL):
+            loop.step(spoil_weights)
+        loop.report()
+        outcomes.append([p.detach().clone() for p in loop.run.model.parameters()])
+    assert [record.to_step for record in loop.scheduler.rollbacks] == [2 * INTERVAL] * 2
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def test_repeated_rollbacks_end_in_the_base_schedule_and_pass_the_data_by(
+    domain: Domain, controller: Controller, tmp_path: Path
+):
+    log = tmp_path / "log.jsonl"
+    loop = Loop(domain, controller, horizon=HORIZON, decision_log=log)
+    loop.advance(2 * INTERVAL)
+    samplers = []
+    for turn in range(4):
+        for _ in range(INTERVAL):
+            loop.step(spoil_weights)
+        samplers.append(loop.run.sampler.state_dict())
+        loop.report()
+        assert loop.scheduler.rolled_back and loop.scheduler.steps == 2 * INTERVAL
+        assert loop.scheduler.rollbacks[-1].fallback == (turn >= 2)
+        rewound = str(loop.run.sampler.state_dict()) != str(samplers[-1])
+        assert rewound == (turn < 2)  # a batch that nothing survives would come again for ever
+    assert loop.scheduler.decision.status == "fallback"
+    assert all(torch.isfinite(p).all() for p in loop.run.model.parameters())
+    loop.advance(2 * INTERVAL)
+    assert not loop.scheduler.rolled_back
+    assert loop.scheduler.decision.status == "fallback"
+    statuses = [record["status"] for record in read_decisions(log)]
+    assert statuses.count("rolled back") == 2
+    assert '"rollback"' in log.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("where", ["loss", "validation", "throughput", "memory"])
+def test_each_trigger_reaches_the_run(domain: Domain, controller: Controller, where: str):
+    constraints = {
+        "throughput": Constraints(min_samples_per_second=1e12),
+        "memory": Constraints(max_memory_bytes=1000),
+    }
+    config = RollbackConfig(every=1, constraints=constraints.get(where, Constraints()))
+    loop = Loop(domain, controller, horizon=120, rollback=config)
+    for _ in range(6):
+        for _ in range(INTERVAL):
+            loop.step()
+        loop.report(0.5)
+    if where == "loss":
+        for _ in range(INTERVAL):
+            loop.run.backward()
+            loop.run.optimizer.step()
+            loop.scheduler.step(50.0)
+        loop.report(0.5)
+    elif where == "validation":
+        for _ in range(INTERVAL):
+            loop.step()
+        loop.report(0.1)
+    reasons = {"loss": "mean loss", "validation": "collapsed", "throughput": "samples per second", "memory": "bytes"}
+    assert reasons[where] in loop.scheduler.rollbacks[0].reason
+    assert loop.scheduler.rolled_back == (where in ("loss", "validation"))
+
+
+def test_running_out_of_memory_is_survived_a_few_times(domain: Domain, controller: Controller):
+    loop = Loop(domain, controller, horizon=HORIZON)
+    loop.advance(2 * INTERVAL + 2)
+    own = [group["betas"] for group in loop.run.optimizer.param_groups]
+
+    def run_out(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    hook = loop.run.optimizer.register_step_pre_hook(run_out)  # after the values in force have been set
+    for _ in range(3):
+        with loop.scheduler.survive_out_of_memory():
+            loop.step()
+        assert loop.scheduler.rolled_back
+        assert loop.scheduler.steps == 2 * INTERVAL
+        assert loop.scheduler.rollbacks[-1].reason.startswith("out of memory: CUDA out of memory")
+        assert all(p.grad is None for p in loop.run.model.parameters())
+        assert [group["betas"] for group in loop.run.optimizer.param_groups] == own
+    with pytest.raises(torch.OutOfMemoryError), loop.scheduler.survive_out_of_memory():
+        loop.step()
+    hook.remove()
+    with loop.scheduler.survive_out_of_memory():
+        loop.step()
+    assert not loop.scheduler.rolled_back and loop.scheduler.steps == 2 * INTERVAL + 1
+    with pytest.raises(ZeroDivisionError), loop.scheduler.survive_out_of_memory():
+        raise ZeroDivisionError
+
+
+def test_a_report_inside_averaged_parameters_saves_the_weights_themselves(domain: Domain, controller: Controller):
+    outcomes = []
+    for inside in (False, True):
+        loop = Loop(domain, controller)
+        for spoil in (lambda run: None, lambda run: None, spoil_weights):
+            for _ in range(INTERVAL):
+                loop.step(spoil)
+            with loop.scheduler.averaged_parameters():
+                loop.scheduler.report(0.3) if inside else None
+            None if inside else loop.scheduler.report(0.3)
+        assert loop.scheduler.rolled_back
+        outcomes.append(loop.contents())
+    assert_same(*outcomes)
+
+
+def test_without_a_tracked_sampler_the_data_goes_on(domain: Domain, controller: Controller):
+    loop = Loop(domain, controller, horizon=HORIZON, tracked=False)
+    loop.advance(INTERVAL)
+    for _ in range(INTERVAL):
+        loop.step(spoil_weights)
+    sampler, epochs = str(loop.run.sampler.state_dict()), loop.schedule.last_epoch
+    rates = [group["lr"] for group in loop.run.optimizer.param_groups]
+    loop.report()
+    assert loop.scheduler.rolled_back
+    assert (str(loop.run.sampler.state_dict()), loop.schedule.last_epoch) == (sampler, epochs)
+    assert [group["lr"] for group in loop.run.optimizer.param_groups] == rates
+
+
+def test_a_bad_first_interval_goes_back_to_the_first_step(domain: Domain, controller: Controller):
+    loop = Loop(domain, controller, horizon=HORIZON)
+    before = [p.detach().clone() for p in loop.run.model.parameters()]
+    for _ in range(INTERVAL):
+        loop.step(spoil_weights)
+    loop.report()
+    assert loop.scheduler.steps == 0 and loop.scheduler.decision.status == "rolled back"
+    assert all(torch.equal(a, b) for a, b in zip(before, loop.run.model.parameters(), strict=True))
+    loop.advance(INTERVAL)
+    assert loop.scheduler.steps == INTERVAL and loop.scheduler.decision.step == INTERVAL
+
+
+def test_a_loaded_state_is_what_it_goes_back_to(domain: Domain, controller: Controller):
+    first = Loop(domain, controller, horizon=HORIZON)
+    first.advance(INTERVAL + 2)
+    second = Loop(domain, controller, horizon=HORIZON, seed=9)
+    second.run.model.load_state_dict(first.run.model.state_dict())
+    second.run.optimizer.load_state_dict(first.run.optimizer.state_dict())
+    second.scheduler.load_state_dict(first.scheduler.state_dict())
+    for _ in range(INTERVAL - 2):
+        second.step(spoil_weights)
+    second.report()
+    assert second.scheduler.rolled_back and second.scheduler.steps == INTERVAL + 2
+    assert torch.equal(second.run.model.user.weight, first.run.model.user.weight)
+
+
+def test_what_was_rolled_back_is_in_the_state(domain: Domain, controller: Controller):
+    loop = Loop(domain, controller, horizon=HORIZON)
+    loop.advance(INTERVAL)
+    for _ in range(INTERVAL):
+        loop.step(spoil_weights)
+    loop.report()
+    other = Loop(domain, controller, horizon=HORIZON)
+    other.scheduler.load_state_dict(loop.scheduler.state_dict())
+    assert other.scheduler.rollbacks == loop.scheduler.rollbacks != ()
+    assert other.scheduler.decisions == loop.scheduler.decisions
+
+
+def test_without_room_it_warns_and_goes_on_unprotected(domain: Domain, controller: Controller):
+    loop = Loop(domain, controller, horizon=HORIZON, rollback=RollbackConfig(limit_bytes=10))
+    with pytest.warns(RuntimeWarning, match="this run cannot be rolled back: snapshots need"):
+        loop.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(INTERVAL - 1):
+            loop.step(spoil_weights)
+        loop.report()
+    assert not loop.scheduler.rolled_back
+    assert math.isnan(loop.run.model.user.weight.detach().sum())
+
+
+def test_snapshots_come_as_often_as_they_may_cost(domain: Domain, controller: Controller):
+    def count(config: RollbackConfig, cost: float) -> list[int]:
+        loop = Loop(domain, controller, horizon=400, rollback=config)
+        recovery, saved = loop.scheduler._recovery, []
+        assert recovery is not None
+        snapshots = recovery._snapshots
+        keep = snapshots.save
+
+        def save(step: int, extra: Any) -> None:
+            keep(step, extra)
+            recovery._spent += cost
+            saved.append(step // INTERVAL)
+
+        snapshots.save = save  # type: ignore[method-assign]
+        loop.advance(24 * INTERVAL)
+        return saved
+
+    assert count(RollbackConfig(every=4), 0.0) == [0, 4, 8, 12, 16, 20, 24]
+    dear = count(RollbackConfig(), 1e3)
+    assert dear[-2:] == [dear[-1] - 10, dear[-1]] and len(dear) <= 6
+    assert count(RollbackConfig(), -1e3) == list(range(25))
