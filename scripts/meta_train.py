@@ -33,7 +33,7 @@ from envs.public import DomainCache, find_source, load_folder, load_public
 from envs.tasks import NO_EVENTS, TaskPool, build_pool
 from envs.vectorized import LARGE, MIDDLE, SMALL, WHOLE, Bucket
 from metalearn.controller.checkpoint import save_checkpoint
-from metalearn.controller.config import ControllerConfig
+from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
 from metalearn.interactions import Interactions
 from metalearn.meta_training.es import ESConfig
@@ -160,6 +160,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of interaction files, one domain each")
     parser.add_argument("--hub", nargs="*", default=[], help="registered names or Hugging Face ids to learn from")
     parser.add_argument("--output", type=Path, default=Path("runs/meta_training"))
+    parser.add_argument("--bases", type=Path, help="base configurations by family, from scripts/choose_base.py")
     parser.add_argument("--iterations", type=int, help="policy updates, instead of the preset's")
     parser.add_argument("--estimator", choices=("ppo", "es"), default="ppo", help="policy gradients, or evolution")
     parser.add_argument("--seed", type=int, default=0)
@@ -180,6 +181,17 @@ def read_domains(arguments: argparse.Namespace) -> dict[str, dict[str, Interacti
     counts = [len(real[role]) for role in roles]
     print(f"{counts[0]} real domains to learn from, {counts[1]} to validate on", flush=True)
     return real
+
+
+def read_bases(path: Path | None) -> tuple[tuple[str, bool, tuple[float, ...]], ...]:
+    """Reads bases that were chosen on whole domains: family to "known" and "unknown" to values by hyperparameter."""
+    if path is None:
+        return ()
+    return tuple(
+        (family, horizon == "known", tuple(float(values[name]) for name in CONTROLLED))
+        for family, horizons in sorted(json.loads(path.read_text())["bases"].items())
+        for horizon, values in sorted(horizons.items())
+    )
 
 
 def build_pools(arguments: argparse.Namespace, real: dict[str, dict[str, Interactions]]) -> list[list[TaskPool]]:
@@ -215,7 +227,8 @@ def main() -> None:
     arguments = parse()
     began = time.monotonic()
     preset = PRESETS[arguments.preset]
-    config = preset.config(seed=arguments.seed, es=ESConfig() if arguments.estimator == "es" else None)
+    bases = read_bases(arguments.bases)
+    config = preset.config(seed=arguments.seed, bases=bases, es=ESConfig() if arguments.estimator == "es" else None)
     config = replace(config, num_iterations=arguments.iterations or config.num_iterations)
     real = read_domains(arguments)
     pools, validation_pools = build_pools(arguments, real)

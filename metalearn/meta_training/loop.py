@@ -48,6 +48,8 @@ class MetaTrainConfig:
       groups_per_pool: groups of rollouts of each pool in an iteration.
       steps_range: of each pool, the log-uniform range of optimizer steps per interval.
       search_tasks, search_configurations: of each pool, the size of the search for the base.
+      bases: of some families, (family, whether the horizon is known, values of `CONTROLLED`): chosen elsewhere, by runs
+        on whole domains, in place of what the search predicts.
       told_share: share of episodes whose horizon the controller knows.
       family_told_share: share of episodes whose model family it knows.
       single_group_share: share of episodes with all parameters in one group.
@@ -69,6 +71,7 @@ class MetaTrainConfig:
     steps_range: tuple[tuple[int, int], ...]
     search_tasks: tuple[int, ...]
     search_configurations: tuple[int, ...]
+    bases: tuple[tuple[str, bool, tuple[float, ...]], ...] = ()
     told_share: float = 0.75
     family_told_share: float = 0.85
     single_group_share: float = 0.3
@@ -236,6 +239,9 @@ def prepare(
     )
     record: dict[str, Any] = {"phase": "search", "trials": len(result.score), "seconds": time.monotonic() - began}
     bases, gains = warm_start.choose_bases(result, controller, seed=config.seed)
+    for name, known, chosen in config.bases:
+        encoded = [controller.space[n].encode(value) for n, value in zip(CONTROLLED, chosen, strict=True)]
+        bases[controller.family_index(name), int(known)] = encoded
     for family, told in np.ndindex(gains.shape):
         label = f"base/{(*controller.families, 'other')[family - 1]}/{'known' if told else 'unknown'}"
         decoded = zip(CONTROLLED, bases[family, told].tolist(), strict=True)

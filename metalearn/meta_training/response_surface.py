@@ -94,15 +94,21 @@ class Surfaces(NamedTuple):
 
 def covariance(kernel: Kernel, one: Points, other: Points) -> Any:
     """Returns the covariance of the noiseless scores of two sets of points, [N, M]."""
-    square = jnp.square((one.position[:, None] - other.position[None]) / kernel.length)
-    configuration = jnp.square(kernel.additive) * jnp.exp(-0.5 * square).mean(-1)
-    configuration += jnp.square(kernel.joint) * jnp.exp(-0.5 * square.sum(-1))
-    horizon = jnp.where(one.told[:, None] == other.told[None], 1.0, kernel.told)
-    products = one.descriptors @ other.descriptors.T
-    sizes = (jnp.square(points.descriptors).sum(-1) for points in (one, other))
-    distance = jnp.maximum(jnp.add.outer(*sizes) - 2.0 * products, 0.0)
-    similarity = jnp.exp(-0.5 * distance / jnp.square(kernel.reach))
-    return configuration * horizon * (kernel.shared + (1.0 - kernel.shared) * similarity)
+    of_runs = _of_configurations(kernel, one.position, other.position)
+    of_runs *= jnp.where(one.told[:, None] == other.told[None], 1.0, kernel.told)
+    return of_runs * _of_tasks(kernel, one.descriptors, other.descriptors)
+
+
+def _of_configurations(kernel: Kernel, one: Any, other: Any) -> Any:
+    square = jnp.square((one[:, None] - other[None]) / kernel.length)
+    additive = jnp.square(kernel.additive) * jnp.exp(-0.5 * square).mean(-1)
+    return additive + jnp.square(kernel.joint) * jnp.exp(-0.5 * square.sum(-1))
+
+
+def _of_tasks(kernel: Kernel, one: Any, other: Any) -> Any:
+    sizes = (jnp.square(descriptors).sum(-1) for descriptors in (one, other))
+    distance = jnp.maximum(jnp.add.outer(*sizes) - 2.0 * one @ other.T, 0.0)
+    return kernel.shared + (1.0 - kernel.shared) * jnp.exp(-0.5 * distance / jnp.square(kernel.reach))
 
 
 def centred_scores(score: np.ndarray, task: np.ndarray) -> np.ndarray:
@@ -180,6 +186,29 @@ def predict(surfaces: Surfaces, points: Points, family: Any, left_out: Any = -1)
 
     values = jax.vmap(of_one)(surfaces.kernel, surfaces.trials, surfaces.weights, surfaces.left_out)
     return surfaces.of_family[family] @ values
+
+
+@jax.jit
+def predict_all(surfaces: Surfaces, position: Any, descriptors: Any) -> Any:
+    """Predicts every configuration on every task, by every row of the base, without and with a known horizon.
+
+    Args:
+      position: [C, S] as shares of the search box.
+      descriptors: [T, D] percentile-scaled.
+
+    Returns:
+      [1 + families, 2, T, C].
+    """
+
+    def of_one(kernel: Kernel, trials: Points, weights: Any) -> Any:
+        of_runs = _of_configurations(kernel, position, trials.position)
+        of_tasks = _of_tasks(kernel, descriptors, trials.descriptors) * weights[0]
+        told = jnp.arange(2)[:, None] == trials.told[None]
+        shares = jnp.where(told, 1.0, kernel.told)
+        return jnp.einsum("tn,hn,cn->htc", of_tasks, shares, of_runs)
+
+    values = jax.vmap(of_one)(surfaces.kernel, surfaces.trials, surfaces.weights)
+    return jnp.tensordot(surfaces.of_family, values, 1)
 
 
 def _positive(free: Kernel) -> Kernel:

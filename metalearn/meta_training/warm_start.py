@@ -18,7 +18,8 @@ import optax
 from metalearn.controller import network
 from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import Normalizer
-from metalearn.meta_training.response_surface import Points, fit_surfaces, predict
+from metalearn.errors import InvalidArgumentError
+from metalearn.meta_training.response_surface import Points, fit_surfaces, predict, predict_all
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, make_chunk, relative_scores
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, fit_knots, percentile_scale
@@ -101,7 +102,6 @@ def run_search(
       keep: called with a file name and what computes one pool's trials; `Persistence.cached_arrays` keeps them.
     """
     parts: list[SearchResult] = []
-    num_tasks = 0
     for index in range(len(runner.pools)):
 
         def search(index: int = index) -> Mapping[str, np.ndarray]:
@@ -127,9 +127,14 @@ def run_search(
             )
             return vars(result)
 
-        part = SearchResult(**keep(f"search-{index}.npz", search))
-        parts.append(replace(part, task=part.task + num_tasks))
-        num_tasks += tasks_per_pool[index]
+        parts.append(SearchResult(**keep(f"search-{index}.npz", search)))
+    return join_searches(parts)
+
+
+def join_searches(parts: Sequence[SearchResult]) -> SearchResult:
+    """Joins the trials of several pools, each of which counts its tasks from 0."""
+    first = np.cumsum([0, *(part.task.max() + 1 for part in parts[:-1])])
+    parts = [replace(part, task=part.task + offset) for part, offset in zip(parts, first, strict=True)]
     return SearchResult(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
@@ -205,35 +210,62 @@ def choose_bases(result: SearchResult, config: ControllerConfig, *, seed: int) -
       [1 + families, 2, S] in unit ranges, and the predicted scores [1 + families, 2] above the mean configuration. A
       family without trials gets the base for all other models.
     """
+    candidates, value, family_of = _predict_candidates(result, config, seed)
+    shape = 1 + len(config.families), 2
+    bases, gains = np.empty((*shape, len(CONTROLLED)), np.float32), np.empty(shape)
+    for family, told in np.ndindex(shape):
+        of_family = family_of == family if (family_of == family).any() else np.ones_like(family_of, bool)
+        mean = value[family, told, of_family].mean(0)
+        bases[family, told], gains[family, told] = candidates[mean.argmax()], mean.max()
+    return bases, gains
+
+
+def candidate_bases(
+    result: SearchResult, config: ControllerConfig, family: str, *, count: int, seed: int
+) -> np.ndarray:
+    """Returns what would be a family's base, with a known horizon, had other tasks been drawn: [count, S].
+
+    The first is that of `choose_bases`; the others are of bootstrap samples of its tasks, and all differ.
+
+    Raises:
+      InvalidArgumentError: the search has no trials of the family, or not so many candidates.
+    """
+    candidates, value, family_of = _predict_candidates(result, config, seed)
+    index = config.family_index(family)
+    of_family = value[index, 1, family_of == index]
+    if not len(of_family):
+        raise InvalidArgumentError(f"the search has no trials of {family!r}; meta-train with a preset that has it")
+    rng = np.random.default_rng([seed, 14])
+    chosen = [int(of_family.mean(0).argmax())]
+    for _ in range(200):
+        best = int(rng.choice(of_family, len(of_family)).mean(0).argmax())
+        if len(chosen) < count and best not in chosen:
+            chosen.append(best)
+    if len(chosen) < count:
+        raise InvalidArgumentError(f"`count` must be at most {len(chosen)} for this search of {family!r}, got {count}")
+    return candidates[chosen]
+
+
+def _predict_candidates(
+    result: SearchResult, config: ControllerConfig, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns candidates [C, S], their predicted scores [1 + families, 2, T, C], and each task's family [T].
+
+    Only tasks of the largest pool of a family are trained on and asked for.
+    """
     largest = np.isin(result.pool, [result.pool[result.family == family].max() for family in np.unique(result.family)])
     result = SearchResult(**{name: value[largest] for name, value in vars(result).items()})
     low, high = search_box(config)
     _, first = np.unique(result.task, return_index=True)
     knots = fit_knots(result.descriptors[first])
+    scaled = percentile_scale(result.descriptors, knots, np)
     surfaces = fit_surfaces(
-        result,
-        (result.start - low) / (high - low),
-        percentile_scale(result.descriptors, knots, np),
-        num_families=len(config.families),
-        seed=seed,
+        result, (result.start - low) / (high - low), scaled, num_families=len(config.families), seed=seed
     )
     candidates = draw_configurations(NUM_CANDIDATES, config, np.random.default_rng([seed, 12]))
     position = jnp.asarray((candidates - low) / (high - low), jnp.float32)
-
-    @jax.jit
-    def value_on(descriptors: Any, family: Any, told: Any) -> Any:
-        everywhere = jnp.broadcast_to(descriptors, (len(position), len(descriptors)))
-        return predict(surfaces, Points(position, everywhere, jnp.full(len(position), told)), family)
-
-    shape = 1 + len(config.families), 2
-    bases, gains = np.empty((*shape, len(CONTROLLED)), np.float32), np.empty(shape)
-    for family, told in np.ndindex(shape):
-        of_family = first[result.family[first] == family]
-        of_family = of_family if len(of_family) else first
-        described = percentile_scale(result.descriptors[of_family], knots, np).astype(np.float32)
-        value = np.mean([value_on(row, family, bool(told)) for row in described], axis=0)
-        bases[family, told], gains[family, told] = candidates[value.argmax()], value.max()
-    return bases, gains
+    value = predict_all(surfaces, position, jnp.asarray(scaled[first], jnp.float32))
+    return candidates, np.asarray(value), result.family[first]
 
 
 def fit_normalizer(episodes: Sequence[Episode], rng: np.random.Generator, limit: int = 60_000) -> Normalizer:

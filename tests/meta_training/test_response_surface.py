@@ -18,6 +18,7 @@ from metalearn.meta_training.response_surface import (
     covariance,
     fit_surfaces,
     predict,
+    predict_all,
 )
 from metalearn.meta_training.warm_start import SearchResult
 
@@ -119,3 +120,16 @@ def test_a_fit_is_the_same_whenever_it_is_made():
     one, other = (fitted(searched()) for _ in range(2))
     for mine, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+def test_all_at_once_is_as_one_by_one():
+    result = joined(searched(family=1), searched(family=3, told=False, seed=1))
+    surfaces = fitted(result, num_families=3)
+    descriptors = jnp.asarray([[1.0, 0.0, 0.0], [-1.0, 0.5, 0.0]])
+    position = grid(1.0).position
+    everything = np.asarray(predict_all(surfaces, position, descriptors))
+    assert everything.shape == (4, 2, 2, len(position))
+    for family, told, task in np.ndindex(4, 2, 2):
+        everywhere = jnp.broadcast_to(descriptors[task], (len(position), D))
+        one = predict(surfaces, Points(position, everywhere, jnp.full(len(position), bool(told))), family)
+        np.testing.assert_allclose(everything[family, told, task], one, atol=1e-4)

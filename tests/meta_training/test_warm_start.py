@@ -13,6 +13,7 @@ import pytest
 from envs.tasks import TaskPool
 from metalearn.controller import CONTROLLED, ControllerConfig, network
 from metalearn.controller.observation import DESCRIPTORS
+from metalearn.errors import InvalidArgumentError
 from metalearn.meta_training import warm_start
 from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, RolloutRunner, make_chunk
@@ -287,3 +288,25 @@ def test_search_runs_every_configuration_on_its_task(runner: RolloutRunner, untr
         np.testing.assert_array_equal(value, getattr(again, name), err_msg=name)
     other = warm_start.run_search(runner, untrained, prior, **arguments, seed=1)
     assert not np.array_equal(result.start, other.start)
+
+
+def test_candidates_are_what_other_tasks_would_have_chosen(families: ControllerConfig):
+    result = synthetic_search(families, optimum=0.5, optimum_shift=0.1, family=2)
+    bases, _ = warm_start.choose_bases(result, families, seed=0)
+    found = warm_start.candidate_bases(result, families, "two_tower", count=3, seed=0)
+    np.testing.assert_allclose(found[0], bases[2, 1], atol=1e-6)
+    assert len(np.unique(found, axis=0)) == 3
+    where = np.stack([share(row, families) for row in found])
+    assert np.abs(where.mean(1) - 0.5).max() < 0.2
+    with pytest.raises(InvalidArgumentError, match="no trials of 'click_model'"):
+        warm_start.candidate_bases(result, families, "click_model", count=4, seed=0)
+    with pytest.raises(InvalidArgumentError, match="`count` must be at most"):
+        warm_start.candidate_bases(result, families, "two_tower", count=4000, seed=0)
+
+
+def test_searches_of_several_pools_are_joined_with_tasks_of_their_own(config: ControllerConfig):
+    one, other = synthetic_search(config), synthetic_search(config, pool=1)
+    both = warm_start.join_searches([one, other])
+    assert len(np.unique(both.task)) == 48
+    np.testing.assert_array_equal(both.task[len(one.task) :], other.task + 24)
+    np.testing.assert_array_equal(both.score, np.concatenate([one.score, other.score]))

@@ -1,0 +1,171 @@
+"""Chooses the base of model families by real PyTorch runs on whole domains, and writes them for scripts/meta_train.py.
+
+    python scripts/choose_base.py --search runs/meta/state --data DIR --models matrix_factorization two_tower
+    python scripts/meta_train.py --preset laptop --bases bases.json --data DIR --output runs/meta-again
+
+The search of a meta-training run predicts, family by family, what configurations are worth; its tasks are crops, with
+more epochs over fewer interactions than whole domains have, and that is what the best weight decay depends on most.
+Candidates are what would be best had other tasks been drawn (a bootstrap over the search's tasks). Each is run as the
+untrained controller's base, with a known horizon and without, on every domain of role "validation" in DIR, for a few
+seeds; the best by the mean over domains of log(NDCG@10 + 0.02) of validation users is chosen. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+
+from envs.benchmark.methods import Controllers
+from envs.benchmark.store import Identity
+from envs.benchmark.tasks import Domains, find_sources, make_tasks
+from envs.benchmark.trials import run_trial
+from envs.public import load_folder
+from envs.recommenders import RECOMMENDERS
+from metalearn import load_controller
+from metalearn.controller import CONTROLLED, ControllerConfig, save_checkpoint
+from metalearn.controller.outcome import METRIC_OFFSET
+from metalearn.errors import InvalidArgumentError, MetalearnError
+from provenance import provenance
+
+HORIZONS = {"known": "base", "unknown": "base_unknown"}
+"""What is chosen for, and the benchmark's method that runs it."""
+CACHE = Path("runs/benchmark/domains")
+
+
+def find_candidates(folder: Path, family: str, count: int, seed: int) -> list[dict[str, float]]:
+    """Returns what the search of a meta-training run predicts to be best, for as many draws of its tasks.
+
+    Args:
+      folder: of the run's state, which holds search-0.npz and so on, and its config.
+
+    Raises:
+      InvalidArgumentError: the folder holds no search, or none of the family.
+    """
+    from metalearn.meta_training import warm_start
+
+    described = folder / "config.json"
+    if not described.exists():
+        raise InvalidArgumentError(f"`--search` must be the state of a meta-training run, got {folder}")
+    content = json.loads(described.read_text())["controller"]
+    config = ControllerConfig(descriptors=tuple(content["descriptors"]), families=tuple(content["families"]))
+    files = sorted(folder.glob("search-*.npz"), key=lambda path: int(path.stem.removeprefix("search-")))
+    result = warm_start.join_searches([warm_start.SearchResult(**dict(np.load(file))) for file in files])
+    chosen = warm_start.candidate_bases(result, config, family, count=count, seed=seed)
+    return [
+        {name: float(config.space[name].decode(unit)) for name, unit in zip(CONTROLLED, row, strict=True)}
+        for row in chosen
+    ]
+
+
+def measure(job: tuple[str, str, Path, str, int, Path]) -> tuple[float, float]:
+    """Runs one base on one whole domain; returns NDCG@10 of all validation users, and the seconds that it took."""
+    import torch
+
+    torch.set_num_threads(1)
+    logging.getLogger("envs.public").setLevel(logging.ERROR)
+    name, family, data, method, seed, checkpoint = job
+    (task,) = make_tasks([name], [family])
+    domain = Domains(find_sources(data), CACHE)[name]
+    identity = Identity(task.name, method, 0, 0, seed)
+    trial = run_trial(identity, {}, task, domain, Controllers(checkpoint))
+    measured = {measurement.metric: measurement.value for measurement in trial.measurements}
+    return measured[f"selection_ndcg@{task.settings.k}"], trial.cost
+
+
+def save_base(configuration: dict[str, float], path: Path) -> Path:
+    """Writes a checkpoint whose base is a configuration, for any model and horizon."""
+    checkpoint = load_controller().checkpoint
+    space = checkpoint.config.space
+    encoded = np.array([space[name].encode(configuration[name]) for name in CONTROLLED], np.float32)
+    return save_checkpoint(replace(checkpoint, base=np.broadcast_to(encoded, checkpoint.base.shape)), path)
+
+
+def compare(
+    family: str, candidates: Sequence[dict[str, float]], domains: Sequence[str], seeds: int, data: Path, workers: int
+) -> list[dict]:
+    """Runs every candidate on every domain; returns one row a candidate and horizon, the best of a horizon first."""
+    with tempfile.TemporaryDirectory(prefix="choose-base-") as folder:
+        paths = [save_base(one, Path(folder) / f"{index}.safetensors") for index, one in enumerate(candidates)]
+        cells = [(i, horizon) for horizon in HORIZONS for i in range(len(candidates))]
+        jobs = [
+            (name, family, data, HORIZONS[horizon], seed, paths[i])
+            for i, horizon in cells
+            for name in domains
+            for seed in range(seeds)
+        ]
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            measured = np.array(list(pool.map(measure, jobs))).reshape(len(cells), len(domains), seeds, 2)
+    rows = []
+    for (index, horizon), values in zip(cells, measured, strict=True):
+        by_domain = values[..., 0].mean(-1)
+        rows.append(
+            {
+                "family": family,
+                "horizon": horizon,
+                "configuration": candidates[index],
+                "score": float(np.log(by_domain + METRIC_OFFSET).mean()),
+                "ndcg": dict(zip(domains, by_domain.tolist(), strict=True)),
+                "seconds": float(values[..., 1].mean()),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["horizon"], -row["score"]))
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--search", type=Path, required=True, help="state folder of a meta-training run")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of domains; those of role validation are taken"
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of these domains only some, by name")
+    parser.add_argument("--models", nargs="+", choices=list(RECOMMENDERS), default=list(RECOMMENDERS))
+    parser.add_argument("--candidates", type=int, default=6, help="of every family")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="of the candidates")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    parser.add_argument("--output", type=Path, default=Path("bases.json"))
+    parser.add_argument("--quick", action="store_true", help="a smoke check: one domain, 2 candidates, 1 seed")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    domains = arguments.only or sorted(load_folder(arguments.data, role="validation"))
+    seeds, count, models = arguments.seeds, arguments.candidates, arguments.models
+    if arguments.quick:
+        seeds, count, models, domains = 1, 2, models[:1], domains[:1]
+    rows, bases = [], {}
+    for family in models:
+        candidates = find_candidates(arguments.search, family, count, arguments.seed)
+        found = compare(family, candidates, domains, seeds, arguments.data, arguments.workers)
+        for row in found:
+            print(f"{family}, {row['horizon']}: {row['score']:.4f} {row['configuration']}", flush=True)
+        bases[family] = {
+            horizon: next(row["configuration"] for row in found if row["horizon"] == horizon) for horizon in HORIZONS
+        }
+        rows += found
+    if not arguments.quick:
+        record = {"bases": bases, "runs": rows, "provenance": provenance(domains=domains, seeds=list(range(seeds)))}
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({"bases": bases}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MetalearnError as error:
+        raise SystemExit(f"error: {error}") from error
