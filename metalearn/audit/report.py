@@ -230,8 +230,16 @@ def _figures(figures: Sequence[Figure]) -> str:
 def _status_legend(history: History) -> str:
     shapes = dict(shape_of(one.decision) for one in history.decisions)
     keys = "".join(f"<span>{swatch(5, shape)}{readable(status)}</span>" for status, shape in shapes.items())
-    faint = " Faint: what the run went back from." if any(one.superseded for one in history.decisions) else ""
-    return f'<div class="legend plain">{keys}<span>{faint}</span></div>'
+    faint = [
+        text
+        for text, there in (
+            ("what the run went back from", any(one.superseded for one in history.decisions)),
+            ("what shadow mode would have used", any(one.decision.mode == "shadow" for one in history.decisions)),
+        )
+        if there
+    ]
+    told = f"<span>Faint: {', '.join(faint)}.</span>" if faint else ""
+    return f'<div class="legend plain">{keys}{told}</div>'
 
 
 def _version() -> str:

@@ -302,14 +302,14 @@ def _reader(name: str, group: int | None) -> Callable[[Configuration], float]:
 
 
 def _held(decisions: Sequence[Taken], read: Callable[[Configuration], float], series: int) -> list[Line]:
-    """Returns steps of what was in force, or in shadow mode would have been; faint where it was gone back from."""
+    """Returns steps of what was in force; faint ones of what was gone back from, or in shadow mode would have been."""
     kept: list[tuple[float, float]] = []
     lost: list[list[tuple[float, float]]] = []
     for one in decisions:
-        value = read(one.decision.in_force)
-        value = value if math.isfinite(value) else read(one.decision.intended)
+        shadow = one.decision.mode == "shadow"
+        value = read(one.decision.intended if shadow else one.decision.in_force)
         piece = [(float(one.step), value), (float(one.until), value)]
-        if not one.superseded:
+        if not (one.superseded or shadow):
             kept += piece
         elif lost and lost[-1][-1][0] == one.step:
             lost[-1] += piece

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from metalearn import __version__ as version
 from metalearn.audit import AuditLog
 from metalearn.controller.controller import Controller, load_controller
 from metalearn.controller.decision import Decision, Mode
@@ -156,6 +157,15 @@ class MetaScheduler:
         """of the decision just made, what it was made from: session and statistics go into the snapshot to be taken"""
         self._in_average = False
         self._unlogged: Decision | None = None
+        self._described = {
+            "controller_fingerprint": loaded.fingerprint,
+            "controller_version": version,
+            "family": family,
+            "horizon": horizon,
+            "interval": self._interval,
+            "metric": metric,
+        }
+        self._domain = domain
         self._recorded_steps = 0
         self._idle_calls, self._idle_since = 0, -1
         self._host_seconds = 0.0
@@ -422,7 +432,8 @@ class MetaScheduler:
     def _before_steps(self) -> list[float]:
         """Probes if the coming step is to be probed; returns the schedule's factors up to the next step that is."""
         if self._unlogged is not None and self._log is not None:
-            self._log.record_decision(self._unlogged)
+            self._log.record_profile(self._domain)
+            self._log.record_decision(self._unlogged, **self._described)
             self._unlogged = None
         if self._recovery is not None and self._recovery.needs_first and self._session.mode != "shadow":
             self._save(self._session.state_dict(), None)
@@ -467,9 +478,7 @@ class MetaScheduler:
                 if recovery.due:
                     with recovery.timed():
                         self._told = {"session": self._session.state_dict(), "statistics": list(statistics)}
-            self._accept(
-                self._session.tell(statistics), validation=float(statistics.validation), seconds=statistics.seconds
-            )
+            self._accept(self._session.tell(statistics), **_measured(statistics))
         self._host_seconds += perf_counter() - began
 
     def _accept(self, decision: Decision, **context: Any) -> None:
@@ -500,3 +509,14 @@ class MetaScheduler:
                 f"cannot tell which of {list(metrics)} to follow; pass `metric` to MetaScheduler, one of these names"
             )
         return float(metrics[names[0]])
+
+
+def _measured(statistics: IntervalStatistics) -> dict[str, float]:
+    """Returns what of an interval a decision is logged with."""
+    steps, seconds = float(statistics.steps), float(statistics.seconds)
+    return {
+        "validation": float(statistics.validation),
+        "loss": float(statistics.loss_sum) / steps,
+        "seconds": seconds,
+        "samples_per_second": float(statistics.samples) / seconds if seconds > 0 else math.nan,
+    }

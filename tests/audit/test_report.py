@@ -236,6 +236,21 @@ def test_rows_say_what_changed(tmp_path: Path):
     assert not any("weight_decay" in text and "→" in text for text in page.told("li"))
 
 
+def test_the_line_is_what_was_in_force(tmp_path: Path):
+    held = [{"learning_rate": 0.01}]
+    proposed = {"groups": [{"learning_rate": 0.5}], "run": {}}
+    rows = [decision(0, 0, groups=held), decision(1, 10, groups=held, status="rejected", proposed=proposed)]
+    rows += [decision(2, 20, groups=held), decision(3, 30, groups=[], run={}, mode="shadow", proposed=proposed)]
+    page = Page(write_report(write(tmp_path / "log", [("decision", row) for row in rows]), tmp_path / "run.html"))
+    chart = svg(page, "trajectory-0")
+    lines = [path for path in chart.iter("path") if (path.get("class") or "").startswith("series")]
+    assert [line.get("class") for line in lines] == ["series c0", "series faint c0"]
+    heights = [{point.split()[1] for point in (line.get("d") or "")[1:].split("L")} for line in lines]
+    assert [len(found) for found in heights] == [1, 1] and heights[0] != heights[1]
+    crosses = [group for group in chart.iter("g") if "rejected: learning_rate[0] = 0.5" in "".join(group.itertext())]
+    assert [(group.get("transform") or "").rstrip(")").split()[1] for group in crosses] == list(heights[1])
+
+
 def test_what_was_gone_back_from_is_told_apart(tmp_path: Path):
     # Decisions at 0, 10, 20; the interval after 20 goes wrong at 30, back to 10. That is decided on as of step 0, then
     # what followed on the measurements at 10 is decided anew.
