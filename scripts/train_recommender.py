@@ -54,14 +54,7 @@ def known_family(controller: metalearn.Controller, family: str) -> str | None:
 
 
 def best_fixed_configuration(controller: metalearn.Controller, family: str) -> dict[str, float]:
-    """Returns the best fixed configuration known from meta-training, for a known horizon.
-
-    That is the base of the model's family. Of a checkpoint whose base was chosen to be steered from, it is what did
-    best without a controller.
-    """
-    chosen = controller.checkpoint.provenance.get("release_base")
-    if chosen is not None:
-        return {name: chosen[f"known/best_fixed/{name}"] for name in CONTROLLED}
+    """Returns the best fixed configuration known for a model family and a known horizon: its base."""
     row = controller.config.family_index(known_family(controller, family))
     base = controller.checkpoint.base[row, 1].tolist()
     return {name: controller.config.space[name].decode(unit) for name, unit in zip(CONTROLLED, base, strict=True)}
