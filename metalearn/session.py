@@ -123,7 +123,8 @@ class Session:
         self._mode: Mode = mode
         self._advisor = advisor
         self._guard_config, self._rules, self._guard = guard, guard.rules, GuardState()
-        self._trust = float(confidence(out_of_range(self._setting.descriptors, np), np))
+        self._at_rest = family in config.at_rest
+        self._trust = 0.0 if self._at_rest else float(confidence(out_of_range(self._setting.descriptors, np), np))
         self._history = initial_history(len(roles), np, np.float64)
         self._hidden = np.zeros((len(roles), controller.network.hidden_size))
         self._steps = 0
@@ -139,7 +140,10 @@ class Session:
 
     @property
     def confidence(self) -> float:
-        """Share of its reach that the controller uses on this domain: 1 in the meta-training range, 0 far outside."""
+        """Share of its reach that the controller uses on this domain: 1 in the meta-training range, 0 far outside.
+
+        0 also for a family of which it has the base only.
+        """
         return self._trust
 
     @property
@@ -389,6 +393,8 @@ class Session:
     def _first_decision(self, own_values: bool) -> Decision:
         if own_values:
             reason = "start: the optimizer's own values, since the controller's prior is for AdamW"
+        elif self._at_rest:
+            reason = f"start: base configuration, which is all that this controller has for {self.family} models"
         elif self._trust == 0.0:
             reason = "start: base configuration, since the domain lies outside the meta-training range"
         else:

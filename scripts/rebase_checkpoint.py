@@ -7,7 +7,7 @@
 The bases are those of scripts/choose_base.py: configurations that did best on whole validation domains. The policy's
 in-run part is kept to the bit. Its start part shifts a domain's start from the base that it was trained on, which is no
 longer there: it is put to rest, and every run starts at its family's base. Families that the policy does not know get
-an embedding of zero, which is how it reads a family that it was not told.
+an embedding of zero, which is how it reads a family that it was not told; those that it does no good keep to the base.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ base for each model family. Made by `scripts/rebase_checkpoint.py` from an earli
 - Trained on {num_tasks} tasks of matrix factorisation: slices of {num_domains} real domains, and simulated ones.
   {episodes} episodes of {num_decisions} decisions.
 - In a run it acts as it was trained, on whatever base it is given. It knows no family by name.
+- It is at rest for {at_rest}: there it did worse than the base alone on validation domains.
 - Its start is at rest: runs begin at the base of their family. What it had learnt of starts was about another base.
 - It has no outcome model: `decision.improvement` is None.
 
@@ -66,12 +68,13 @@ OTHER = "other"
 HORIZONS = ("unknown", "known")
 
 
-def rebase(checkpoint: Checkpoint, bases: dict) -> Checkpoint:
+def rebase(checkpoint: Checkpoint, bases: dict, at_rest: Sequence[str]) -> Checkpoint:
     """Returns the checkpoint with a base for each family, and a start at rest.
 
     Args:
       checkpoint: a trained one.
       bases: family, and "other", to "known" and "unknown" to values by hyperparameter.
+      at_rest: families that the policy does no good, of which only the base is used.
 
     Raises:
       InvalidArgumentError: there is no base for other models, or the checkpoint has families of its own.
@@ -96,7 +99,7 @@ def rebase(checkpoint: Checkpoint, bases: dict) -> Checkpoint:
     network["family"] = np.pad(network["family"], ((0, len(families)), (0, 0)))
     return replace(
         checkpoint,
-        config=replace(checkpoint.config, families=families),
+        config=replace(checkpoint.config, families=families, at_rest=tuple(at_rest)),
         network=network,
         base=np.array(rows, np.float32),
         outcome={},
@@ -128,6 +131,7 @@ def write_card(checkpoint: Checkpoint, content: dict, path: Path) -> None:
             num_domains=len(provenance["domains"]),
             episodes=provenance["episodes"],
             num_decisions=decisions,
+            at_rest=", ".join(checkpoint.config.at_rest) or "no family",
             names=" | ".join(CONTROLLED),
             rules="---|" * (len(CONTROLLED) - 1) + "---",
             base="\n".join(
@@ -160,7 +164,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the checkpoint; its card is written beside it")
     arguments = parser.parse_args()
     content = json.loads(arguments.bases.read_text())
-    rebased = rebase(load_checkpoint(arguments.checkpoint), content["bases"])
+    rebased = rebase(load_checkpoint(arguments.checkpoint), content["bases"], content["at_rest"])
     path = save_checkpoint(rebased, arguments.output)
     write_card(rebased, content, path.with_name("README.md"))
     print(path)

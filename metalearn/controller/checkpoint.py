@@ -217,7 +217,7 @@ def _from_format_1(
     if "prior/base" in tensors:  # what is missing is named when tensors are checked
         migrated["prior/base"] = tensors["prior/base"][None]
     migrated["network/family"] = np.zeros((1, code), np.float32)
-    return migrated, {**header, "format_version": "2", "config": json.dumps({**config, "families": []})}
+    return migrated, {**header, "format_version": "2", "config": json.dumps({**config, "families": [], "at_rest": []})}
 
 
 def _check_tensors(path: Path, tensors: Mapping[str, np.ndarray], config: ControllerConfig) -> None:

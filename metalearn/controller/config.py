@@ -62,7 +62,8 @@ class ControllerConfig:
       code_size: units of the domain code, made of the descriptors.
       num_decisions: decisions in a run whose horizon is known; the interval is the horizon over this.
       descriptors: the meta-features, and after them the budget descriptors, that the controller reads.
-      families: model families that it was meta-trained on, each with a base of its own.
+      families: model families that have a base of their own.
+      at_rest: those of them for which the base is all there is: the policy was not trained on them, or did no good.
       reach: per controlled hyperparameter.
     """
 
@@ -71,6 +72,7 @@ class ControllerConfig:
     num_decisions: int = 20
     descriptors: tuple[str, ...]
     families: tuple[str, ...] = ()
+    at_rest: tuple[str, ...] = ()
     reach: tuple[Reach, ...] = tuple(DEFAULT_REACH[name] for name in CONTROLLED)
 
     def __post_init__(self) -> None:
@@ -79,6 +81,8 @@ class ControllerConfig:
                 raise InvalidArgumentError(f"`{name}` must be a positive int, got {getattr(self, name)}")
         if len(set(self.families)) < len(self.families):
             raise InvalidArgumentError(f"`families` must not repeat, got {self.families}")
+        if not set(self.at_rest) <= set(self.families):
+            raise InvalidArgumentError(f"`at_rest` must be among the families {self.families}, got {self.at_rest}")
         if len(self.reach) != len(CONTROLLED):
             raise InvalidArgumentError(f"`reach` must have one entry for each of {CONTROLLED}, got {len(self.reach)}")
 
@@ -97,7 +101,7 @@ class ControllerConfig:
             return 0
         if family not in self.families:
             raise InvalidArgumentError(
-                f"`family` must be one of {list(self.families)}, which this controller was meta-trained on, or None "
+                f"`family` must be one of {list(self.families)}, which this controller has a base for, or None "
                 f"for any other, got {family!r}"
             )
         return 1 + self.families.index(family)
@@ -126,6 +130,7 @@ class ControllerConfig:
         try:
             content["descriptors"] = tuple(content["descriptors"])
             content["families"] = tuple(content["families"])
+            content["at_rest"] = tuple(content["at_rest"])
             content["reach"] = tuple(Reach(**reach) for reach in content["reach"])
             return cls(**content)
         except (TypeError, ValueError) as error:

@@ -172,6 +172,9 @@ def _describe(
     descriptors = jnp.concatenate([profile, budget])
     scaled = percentile_scale(descriptors, prior.normalizer.descriptors, jnp)
     family = config.family_index(environment.family if environment.family in config.families else None)
+    trust = confidence(out_of_range(scaled, jnp), jnp)
+    if environment.family in config.at_rest:
+        trust = jnp.where(spec.family_told, 0.0, trust)
     return _Run(
         steps=steps,
         horizon=horizon,
@@ -180,7 +183,7 @@ def _describe(
         family=jnp.where(spec.family_told, family, 0),
         role=jnp.array([ROLES.index(role) for role in environment.roles], jnp.int32),
         group_mask=jnp.where(spec.single_group, jnp.arange(environment.num_groups) == 0, True).astype(jnp.float32),
-        trust=confidence(out_of_range(scaled, jnp), jnp),
+        trust=trust,
     )
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from metalearn.controller import CONTROLLED, load_checkpoint, load_controller
 from tests.golden_decisions import ROOT, golden_checkpoint
-from tests.intervals import make_profile
+from tests.intervals import make_interval, make_profile
 
-BASES = json.loads((ROOT / "checkpoints" / "default" / "bases.json").read_text())["bases"]
+CONTENT = json.loads((ROOT / "checkpoints" / "default" / "bases.json").read_text())
+BASES = CONTENT["bases"]
 
 
 def test_in_run_policy_is_the_one_that_was_meta_trained():
@@ -35,3 +36,13 @@ def test_a_run_starts_at_its_familys_base(family: str, horizon: str):
     decision = session.ask()
     values = {**decision.groups[0], **decision.run}
     assert {name: values[name] for name in CONTROLLED} == pytest.approx(BASES[family][horizon], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", CONTENT["at_rest"])
+def test_a_family_at_rest_keeps_to_its_base(family: str):
+    session = load_controller().start(make_profile(), family=family, horizon=1000, batch_size=64)
+    start = session.ask()
+    decisions = [session.tell(make_interval(1)) for _ in range(5)]
+    assert {decision.status for decision in (start, *decisions)} == {"fallback"}
+    assert all((decision.groups, decision.run) == (start.groups, start.run) for decision in decisions)
+    assert family in start.reasons[0]
