@@ -106,15 +106,20 @@ class Missing:
 def collect(trials: Iterable[Trial]) -> Records:
     """Orders trials by task and method; of an identity that was recorded twice the last trial counts.
 
-    Trials that have not ended, are invalid or were not tested are left out; a diverged one counts as 0 if it has no
-    finite test score.
+    Trials that have not ended, are invalid or were not tested are left out; so are those of any checkpoint but the one
+    that was recorded last, or some seeds would be another controller's. A diverged one counts as 0 if it has no finite
+    test score.
 
     Raises:
       InvalidArgumentError: a task's name or a configuration's identity cannot be read.
     """
+    trials = list(trials)
+    checkpoints = {_steering(trial): trial.configuration.get("checkpoint") for trial in trials}
     latest: dict[str, dict[Identity, Run]] = {}
     for trial in trials:
         if trial.status not in (TrialStatus.COMPLETE, TrialStatus.DIVERGED):
+            continue
+        if trial.configuration.get("checkpoint") != checkpoints[_steering(trial)]:
             continue
         named = identity(trial)
         run = _run(trial, named)
@@ -126,6 +131,13 @@ def collect(trials: Iterable[Trial]) -> Records:
         for named in sorted(runs):
             methods.setdefault(named.method, []).append(runs[named])
     return records
+
+
+def _steering(trial: Trial) -> str:
+    """Returns what steers a trial: the trained controller, its base without it, or no checkpoint at all."""
+    if "checkpoint" not in trial.configuration:
+        return "none"
+    return "base" if identity(trial).method.startswith("base") else "controller"
 
 
 def skipped(trials: Iterable[Trial]) -> dict[tuple[TaskName, str], str]:

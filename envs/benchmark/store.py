@@ -79,7 +79,7 @@ class TrialStore:
         self.path = Path(path)
 
     def read(self) -> dict[Identity, Trial]:
-        """Returns the trials in order of their first record; of an identity that was recorded again the last counts.
+        """Returns the trials in order of record; of an identity that was recorded again the last counts.
 
         Raises:
           InvalidArgumentError: a whole line is not a trial; the message gives its number.
@@ -91,6 +91,7 @@ class TrialStore:
         for number, line in enumerate(lines, 1):
             try:
                 trial = Trial.from_json(line.decode())
+                trials.pop(identity(trial), None)
                 trials[identity(trial)] = trial
             except ValueError as error:
                 raise InvalidArgumentError(

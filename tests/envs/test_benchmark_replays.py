@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import hypothesis.strategies as st
@@ -240,3 +241,18 @@ def test_trials_of_something_else_are_refused(trial: Trial, argument: str) -> No
     ended = trial.record(Measurement(1, "test_ndcg@10", 0.1)).complete()
     with pytest.raises(InvalidArgumentError, match=f"`{argument}`"):
         collect([ended])
+
+
+def test_only_the_checkpoint_recorded_last_counts():
+    """Else some seeds would be another controller's. A base goes by the untrained checkpoint's name."""
+
+    def steered(method: str, checkpoint: str, seed: int, test: float) -> Trial:
+        trial = make_trial(method, test, seed=seed)
+        return replace(trial, configuration={**trial.configuration, "checkpoint": checkpoint})
+
+    trials = [make_trial("default", 0.1), *(steered("controller", "old", seed, 0.2) for seed in range(3))]
+    trials += [steered("base", "old base", 0, 0.15), steered("controller_half", "old", 0, 0.2)]
+    trials += [steered("controller", "new", 0, 0.3)]
+    methods = collect(trials)[MOVIES]
+    assert [run.test for run in methods["controller"]] == [0.3]
+    assert {name: len(runs) for name, runs in methods.items()} == {"default": 1, "controller": 1, "base": 1}

@@ -92,8 +92,8 @@ def test_the_last_of_an_identity_counts(tmp_path: Path):
     store = TrialStore(tmp_path / "trials.jsonl")
     store.append([make_trial(0, 0.1), make_trial(1, 0.2), make_trial(0, 0.3), make_trial(0, 0.4, seed=1)])
     assert [(key.index, key.seed, t.measurements[0].value) for key, t in store.read().items()] == [
-        (0, 0, 0.3),
         (1, 0, 0.2),
+        (0, 0, 0.3),
         (0, 1, 0.4),
     ]
 
