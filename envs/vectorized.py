@@ -74,6 +74,8 @@ MIDDLE = Bucket(users=1_024, items=1_024, interactions=65_536, dim=16, batch=256
 WHOLE = Bucket(users=4_096, items=4_096, interactions=131_072, dim=32, batch=256, evaluated=384)
 """Whole domains for families whose step costs more."""
 LARGE = Bucket(users=6_144, items=6_144, interactions=262_144, dim=32, batch=512, evaluated=512)
+HUGE = Bucket(users=24_576, items=16_384, interactions=393_216, dim=32, batch=512, evaluated=384)
+"""Most public domains as they are."""
 
 
 class Task(NamedTuple):

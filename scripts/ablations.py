@@ -188,6 +188,7 @@ def prepare(
             prior,
             tasks_per_pool=settings.search_tasks,
             configurations=settings.search_configurations,
+            epochs_range=settings.epochs_range,
             steps_range=settings.steps_range,
             told_share=settings.told_share,
             seed=settings.seed,

@@ -1,11 +1,12 @@
 """Meta-trains a controller and writes its checkpoint and model card.
 
     python scripts/meta_train.py --preset smoke                        # a minute, simulated domains only
-    python scripts/meta_train.py --preset laptop --data DIR --output runs/meta   # hours on 2 cores
-    python scripts/meta_train.py --preset gpu --data DIR --output runs/meta      # the same recipe, 20 times as long
+    python scripts/meta_train.py --preset laptop --data DIR --output runs/meta --bases checkpoints/default/bases.json
 
 DIR holds one parquet or CSV file of interactions per domain, and optionally a MANIFEST.json that gives each a role:
 "meta-training" domains are learnt from, "validation" domains choose the iteration that is released. Killed, it resumes.
+`laptop` takes hours on 2 cores and trains the families that 2 cores can train on whole domains; a family that has a
+base in the file and no recipe gets that base, at rest. `gpu` trains all five families, for many times as long.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from envs.events import EventConfig
 from envs.public import DomainCache, find_source, load_folder, load_public
 from envs.tasks import NO_EVENTS, TaskPool, build_pool
-from envs.vectorized import LARGE, MIDDLE, SMALL, WHOLE, Bucket
+from envs.vectorized import HUGE, LARGE, MIDDLE, SMALL, WHOLE, Bucket
 from metalearn.controller.checkpoint import save_checkpoint
 from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
@@ -51,13 +52,13 @@ class Recipe:
     Args:
       bucket: sizes, learner, optimizer.
       groups: of rollouts in an iteration.
-      steps: log-uniform range of optimizer steps per interval.
+      steps: fewest and most optimizer steps per interval, whatever the epochs.
       search: tasks of the search for the base, and configurations of each.
     """
 
     bucket: Bucket
     groups: int
-    steps: tuple[int, int] = (16, 96)
+    steps: tuple[int, int] = (4, 160)
     search: tuple[int, int] = (16, 32)
 
 
@@ -102,21 +103,25 @@ BPR, TOWERS, CLICKS, SEQUENCES, GRAPH = (
 )  # fmt: skip
 _SMALL, _MIDDLE = replace(SMALL, history=20), replace(MIDDLE, history=20)
 
-_FAMILIES = (
-    Recipe(bucket=_of(_SMALL, BPR), groups=2),
-    Recipe(bucket=_of(_MIDDLE, BPR), groups=2),
-    Recipe(bucket=_of(LARGE, BPR), groups=2, steps=(24, 128), search=(20, 24)),
-    Recipe(bucket=_of(_MIDDLE, TOWERS), groups=2),
-    Recipe(bucket=_of(WHOLE, TOWERS), groups=1, steps=(24, 128), search=(16, 24)),
-    # A click model scores every pair by itself: fewer users are evaluated.
-    Recipe(bucket=_of(_MIDDLE, CLICKS, evaluated=96), groups=2),
-    Recipe(bucket=_of(WHOLE, CLICKS, evaluated=96), groups=1, steps=(24, 128), search=(16, 24)),
-    Recipe(bucket=_of(_SMALL, SEQUENCES), groups=1, search=(8, 16)),
-    Recipe(bucket=_of(_MIDDLE, SEQUENCES, batch=64), groups=1, search=(12, 16)),
-    Recipe(bucket=_of(_SMALL, GRAPH), groups=1, search=(8, 16)),
-    Recipe(bucket=_of(_MIDDLE, GRAPH), groups=1, search=(12, 16)),
+_EMBEDDINGS = (
+    Recipe(bucket=_of(_MIDDLE, BPR), groups=3, steps=(8, 96), search=(32, 16)),
+    Recipe(bucket=_of(LARGE, BPR), groups=3, search=(32, 16)),
+    Recipe(bucket=_of(HUGE, BPR), groups=1, search=(32, 8)),
+    Recipe(bucket=_of(WHOLE, TOWERS), groups=1, steps=(4, 128), search=(20, 16)),
 )
-"""Five families, each at sizes up to whole domains."""
+"""The families that a laptop can train on whole domains."""
+_FAMILIES = (
+    *_EMBEDDINGS,
+    Recipe(bucket=_of(_MIDDLE, TOWERS), groups=2, steps=(8, 96)),
+    # A click model scores every pair by itself: fewer users are evaluated.
+    Recipe(bucket=_of(_MIDDLE, CLICKS, evaluated=96), groups=2, steps=(8, 96)),
+    Recipe(bucket=_of(WHOLE, CLICKS, evaluated=96), groups=1),
+    Recipe(bucket=_of(_SMALL, SEQUENCES), groups=1, steps=(8, 96)),
+    Recipe(bucket=_of(_MIDDLE, SEQUENCES, batch=64), groups=2, steps=(8, 96)),
+    Recipe(bucket=_of(_SMALL, GRAPH), groups=1, steps=(8, 96)),
+    Recipe(bucket=_of(_MIDDLE, GRAPH), groups=1, steps=(8, 96)),
+)
+"""Five families, each at sizes up to whole domains where it can be."""
 _WIDE_SEARCH = (32, 48)
 """Tasks and configurations of every pool's search on an accelerator."""
 
@@ -134,16 +139,16 @@ PRESETS = {
         },
     ),
     "laptop": Preset(
-        recipes=_FAMILIES,
+        recipes=_EMBEDDINGS,
         slices=4,
-        simulated={512: 40, 1_024: 30, 4_096: 12, 6_144: 12},
+        simulated={1_024: 30, 4_096: 12, 6_144: 12, 24_576: 4},
         settings={},
     ),
     # Episodes of a chunk run side by side on an accelerator, and every local device takes chunks.
     "gpu": Preset(
         recipes=tuple(replace(recipe, groups=4 * recipe.groups, search=_WIDE_SEARCH) for recipe in _FAMILIES),
         slices=8,
-        simulated={512: 160, 1_024: 120, 4_096: 48, 6_144: 48},
+        simulated={512: 160, 1_024: 120, 4_096: 48, 6_144: 48, 24_576: 16},
         settings={"num_iterations": 400, "validation_episodes": 32},
     ),
 }
@@ -160,7 +165,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of interaction files, one domain each")
     parser.add_argument("--hub", nargs="*", default=[], help="registered names or Hugging Face ids to learn from")
     parser.add_argument("--output", type=Path, default=Path("runs/meta_training"))
-    parser.add_argument("--bases", type=Path, help="base configurations by family, from scripts/choose_base.py")
+    parser.add_argument("--bases", type=Path, help="base configurations of families that the preset does not train")
     parser.add_argument("--iterations", type=int, help="policy updates, instead of the preset's")
     parser.add_argument("--estimator", choices=("ppo", "es"), default="ppo", help="policy gradients, or evolution")
     parser.add_argument("--seed", type=int, default=0)
@@ -183,13 +188,14 @@ def read_domains(arguments: argparse.Namespace) -> dict[str, dict[str, Interacti
     return real
 
 
-def read_bases(path: Path | None) -> tuple[tuple[str, bool, tuple[float, ...]], ...]:
-    """Reads bases that were chosen on whole domains: family to "known" and "unknown" to values by hyperparameter."""
+def read_bases(path: Path | None, trained: Sequence[str]) -> tuple[tuple[str, bool, tuple[float, ...]], ...]:
+    """Reads bases, family to "known" and "unknown" to values by hyperparameter, but of the families to be trained."""
     if path is None:
         return ()
     return tuple(
         (family, horizon == "known", tuple(float(values[name]) for name in CONTROLLED))
-        for family, horizons in sorted(json.loads(path.read_text())["bases"].items())
+        for family, horizons in json.loads(path.read_text())["bases"].items()
+        if family not in (*trained, "other")
         for horizon, values in sorted(horizons.items())
     )
 
@@ -227,7 +233,8 @@ def main() -> None:
     arguments = parse()
     began = time.monotonic()
     preset = PRESETS[arguments.preset]
-    bases = read_bases(arguments.bases)
+    bases = read_bases(arguments.bases, preset.families)
+    others = tuple(dict.fromkeys(family for family, *_ in bases))
     config = preset.config(seed=arguments.seed, bases=bases, es=ESConfig() if arguments.estimator == "es" else None)
     config = replace(config, num_iterations=arguments.iterations or config.num_iterations)
     real = read_domains(arguments)
@@ -256,7 +263,8 @@ def main() -> None:
 
         checkpoint = meta_train(
             config,
-            ControllerConfig(descriptors=DESCRIPTORS, families=preset.families),
+            # A family that has a base and no recipe keeps to its base: the policy never sees it.
+            ControllerConfig(descriptors=DESCRIPTORS, families=(*preset.families, *others), at_rest=others),
             pools,
             validation_pools,
             directory=arguments.output / "state",

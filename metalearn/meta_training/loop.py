@@ -46,7 +46,8 @@ class MetaTrainConfig:
       seed: of everything.
       num_iterations: policy updates.
       groups_per_pool: groups of rollouts of each pool in an iteration.
-      steps_range: of each pool, the log-uniform range of optimizer steps per interval.
+      epochs_range: the log-uniform range of a run's epochs.
+      steps_range: of each pool, the fewest and the most optimizer steps per interval, whatever the epochs.
       search_tasks, search_configurations: of each pool, the size of the search for the base.
       bases: of some families, (family, whether the horizon is known, values of `CONTROLLED`): chosen elsewhere, by runs
         on whole domains, in place of what the search predicts.
@@ -68,6 +69,7 @@ class MetaTrainConfig:
     seed: int = 0
     num_iterations: int = 80
     groups_per_pool: tuple[int, ...]
+    epochs_range: tuple[float, float] = (1.0, 32.0)
     steps_range: tuple[tuple[int, int], ...]
     search_tasks: tuple[int, ...]
     search_configurations: tuple[int, ...]
@@ -126,6 +128,12 @@ class MetaTrainState:
     """iteration of the last evaluation, -1 before the first"""
 
 
+def _draw_steps(
+    config: MetaTrainConfig, runner: RolloutRunner, pool: int, tasks: Sequence[int], rng: np.random.Generator
+) -> int:
+    return warm_start.draw_steps(config.epochs_range, config.steps_range[pool], runner, pool, tasks, rng)
+
+
 def iteration_chunks(config: MetaTrainConfig, runner: RolloutRunner, iteration: int) -> list[Chunk]:
     """Draws the groups of one iteration; a pure function of config, pools and iteration."""
     rng = np.random.default_rng([config.seed, 1, iteration])
@@ -133,7 +141,7 @@ def iteration_chunks(config: MetaTrainConfig, runner: RolloutRunner, iteration: 
     chunks = []
     for index, pool in enumerate(runner.pools):
         for task in warm_start.balanced_tasks(pool.names, config.groups_per_pool[index], rng):
-            steps = warm_start.draw_steps(config.steps_range[index], rng)
+            steps = _draw_steps(config, runner, index, [task], rng)
             initialization, exploration = int(rng.integers(2**31)), rng.integers(2**31, size=CHUNK)
             told, family_told, single_group, wrong = rng.random(4) < (
                 config.told_share,
@@ -170,7 +178,7 @@ def validation_chunks(config: MetaTrainConfig, runner: RolloutRunner, *, horizon
         tasks = [int(task) for task in np.arange(config.validation_episodes) % len(pool)]
         for first in range(0, len(tasks), CHUNK):
             part = (tasks[first : first + CHUNK] * CHUNK)[:CHUNK]
-            steps = warm_start.draw_steps(config.steps_range[index], rng)
+            steps = _draw_steps(config, runner, index, part, rng)
             seeds = rng.integers(2**31, size=CHUNK)
             chunks.append(
                 make_chunk(
@@ -232,6 +240,7 @@ def prepare(
         prior,
         tasks_per_pool=config.search_tasks,
         configurations=config.search_configurations,
+        epochs_range=config.epochs_range,
         steps_range=config.steps_range,
         told_share=config.told_share,
         seed=config.seed,

@@ -48,7 +48,7 @@ inside theirs, root mean square error beside that of always predicting the train
 ## Limits
 - Families other than those above have not been measured.
 - Where a domain's descriptors leave the training range, actions shrink; far outside, the base schedule runs as it is.
-- Trained for horizons of {horizons} optimizer steps and 20 decisions.
+- Trained for {epochs} epochs, at {horizons} optimizer steps, and 20 decisions.
 """
 
 
@@ -90,6 +90,7 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
                 + f"| {found['spearman']:.2f} |"
                 for name, found in calibration.items()
             ),
+            epochs=" to ".join(f"{bound:g}" for bound in training["epochs_range"]),
             horizons=f"{min(steps) * config.num_decisions} to {max(steps) * config.num_decisions}",
         )
     )

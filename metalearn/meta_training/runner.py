@@ -167,6 +167,11 @@ class RolloutRunner:
         self._functions = [_compiled_rollouts(pool.environment, config, platform) for pool in self.pools]
         self._windows = [_compiled_windows(pool.environment, config, platform) for pool in self.pools]
 
+    def steps_per_epoch(self, pool: int, tasks: Sequence[int]) -> float:
+        """Returns the optimizer steps of an epoch, the geometric mean over some of a pool's tasks."""
+        rows = np.asarray(self.pools[pool].tasks.num_interactions, np.float64)[list(tasks)]
+        return float(np.exp(np.log(rows).mean())) / self.pools[pool].environment.samples_per_step
+
     def run(
         self,
         chunks: Sequence[Chunk],

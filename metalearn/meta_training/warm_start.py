@@ -86,6 +86,7 @@ def run_search(
     *,
     tasks_per_pool: Sequence[int],
     configurations: Sequence[int],
+    epochs_range: tuple[float, float],
     steps_range: Sequence[tuple[int, int]],
     told_share: float,
     seed: int,
@@ -96,7 +97,8 @@ def run_search(
     Args:
       tasks_per_pool: tasks drawn of each pool; domains take turns, so that none rules.
       configurations: configurations of each task, a multiple of CHUNK.
-      steps_range: of each pool, the log-uniform range of steps per interval.
+      epochs_range: log-uniform, of a task's length.
+      steps_range: of each pool, the fewest and the most steps per interval, whatever the epochs.
       told_share: share of tasks whose horizon is known.
       seed: of every draw.
       keep: called with a file name and what computes one pool's trials; `Persistence.cached_arrays` keeps them.
@@ -106,13 +108,12 @@ def run_search(
 
         def search(index: int = index) -> Mapping[str, np.ndarray]:
             chunks, task = _search_chunks(
-                runner.pools[index].names,
+                runner,
                 index,
                 tasks_per_pool[index],
                 configurations[index],
-                steps_range[index],
+                lambda tasks, rng: draw_steps(epochs_range, steps_range[index], runner, index, tasks, rng),
                 told_share,
-                runner.config,
                 np.random.default_rng([seed, 11, index]),
             )
             joined = concatenate(runner.run(chunks, params, prior, act=False, label=f"search {index}"))
@@ -139,20 +140,19 @@ def join_searches(parts: Sequence[SearchResult]) -> SearchResult:
 
 
 def _search_chunks(
-    names: Sequence[str],
+    runner: RolloutRunner,
     pool: int,
     num_tasks: int,
     configurations: int,
-    steps_range: tuple[int, int],
+    steps_of: Callable[[list[int], np.random.Generator], int],
     told_share: float,
-    config: ControllerConfig,
     rng: np.random.Generator,
 ) -> tuple[list[Chunk], np.ndarray]:
     """Draws one pool's trials; returns their chunks, and which of the chosen tasks each trial is of."""
     chunks = []
-    for task in balanced_tasks(names, num_tasks, rng):
-        steps = draw_steps(steps_range, rng)
-        starts = draw_configurations(configurations, config, rng)
+    for task in balanced_tasks(runner.pools[pool].names, num_tasks, rng):
+        steps = steps_of([task], rng)
+        starts = draw_configurations(configurations, runner.config, rng)
         initialization, told = int(rng.integers(2**31)), bool(rng.random() < told_share)
         chunks.extend(
             make_chunk(
@@ -193,9 +193,30 @@ def balanced_tasks(names: Sequence[str], count: int, rng: np.random.Generator) -
     return picked
 
 
-def draw_steps(bounds: tuple[int, int], rng: np.random.Generator) -> int:
-    """Draws steps per interval, log-uniform."""
-    return round(float(np.exp(rng.uniform(np.log(bounds[0]), np.log(bounds[1])))))
+def draw_steps(
+    epochs: tuple[float, float],
+    limits: tuple[int, int],
+    runner: RolloutRunner,
+    pool: int,
+    tasks: Sequence[int],
+    rng: np.random.Generator,
+) -> int:
+    """Draws the steps per interval of a run, so that its epochs are log-uniform where the limits allow.
+
+    Steps alone would train a slice for a hundred epochs and a whole domain for five, and what is best depends on the
+    epochs more than on anything else.
+
+    Args:
+      epochs: lowest and highest of a run.
+      limits: fewest and most steps per interval.
+      runner: of the pool.
+      pool: its index.
+      tasks: which of its tasks run for so long; of several, the geometric mean of their sizes counts.
+      rng: of the draw.
+    """
+    drawn = np.exp(rng.uniform(*np.log(epochs)))
+    steps = drawn * runner.steps_per_epoch(pool, tasks) / runner.config.num_decisions
+    return round(float(np.clip(steps, *limits)))
 
 
 def choose_bases(result: SearchResult, config: ControllerConfig, *, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, RolloutRunner, make_chunk
 from metalearn.meta_training.warm_start import SEARCH_BOX, SearchResult, balanced_tasks, draw_steps
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, fit_knots, percentile_scale
+from tests.meta_training.toy import ToyPool
 
 S = len(CONTROLLED)
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -108,12 +109,16 @@ def test_as_many_tasks_as_asked_for(names: list[str], count: int):
         assert set(picked) == set(range(len(names)))
 
 
-def test_steps_are_log_uniform():
-    rng = np.random.default_rng(0)
-    steps = [draw_steps((4, 64), rng) for _ in range(2000)]
-    assert (min(steps), max(steps)) == (4, 64)
-    assert np.mean(np.array(steps) <= 16) == pytest.approx(0.5, abs=0.05)
-    assert draw_steps((5, 5), rng) == 5
+def test_epochs_are_log_uniform_whatever_the_size(config: ControllerConfig):
+    runner, rng = RolloutRunner([ToyPool()], config), np.random.default_rng(0)
+    per_epoch = runner.steps_per_epoch(0, [0])
+    assert per_epoch == ToyPool().tasks.num_interactions[0] / ToyPool().environment.samples_per_step
+    steps = [draw_steps((4.0, 64.0), (1, 10_000), runner, 0, [0], rng) for _ in range(2000)]
+    epochs = np.array(steps) * config.num_decisions / per_epoch
+    assert epochs.min() == pytest.approx(4.0, rel=0.05)
+    assert epochs.max() == pytest.approx(64.0, rel=0.05)
+    assert np.mean(epochs <= 16) == pytest.approx(0.5, abs=0.05)
+    assert {draw_steps((4.0, 64.0), (5, 5), runner, 0, [0, 1], rng) for _ in range(9)} == {5}
 
 
 def test_the_base_is_where_the_optimum_is_not_where_luck_was(config: ControllerConfig):
@@ -268,6 +273,7 @@ def test_search_runs_every_configuration_on_its_task(runner: RolloutRunner, untr
     arguments = {
         "tasks_per_pool": (3,),
         "configurations": (16,),
+        "epochs_range": (1.0, 8.0),
         "steps_range": ((3, 6),),
         "told_share": 0.5,
     }
