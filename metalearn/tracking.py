@@ -64,7 +64,7 @@ class Tracker:
 
     def histograms(self, counts: Mapping[str, Sequence[int]], *, low: float, high: float) -> None:
         """Logs histograms by name: counts of equal bins from `low` to `high`."""
-        bins = {name: (list(values), np.linspace(low, high, len(values) + 1)) for name, values in counts.items()}
+        bins = {name: (np.asarray(values), np.linspace(low, high, len(values) + 1)) for name, values in counts.items()}
         self._run.log({name: self._wandb.Histogram(np_histogram=pair) for name, pair in bins.items()}, commit=False)
 
     def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
