@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np
+from experiment import FULL, QUICK, Size, build_pools
 from scipy import stats
 
 from envs.events import EventConfig
-from envs.public import load_folder
-from envs.tasks import NO_EVENTS, TaskPool, build_pool
-from envs.vectorized import SMALL, Bucket
+from envs.tasks import NO_EVENTS, TaskPool
 from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS, PROFILE_DESCRIPTORS, Normalizer
 from metalearn.errors import MetalearnError
 from metalearn.meta_training import warm_start
 from metalearn.meta_training.loop import MetaTrainConfig, iteration_chunks, validation_chunks
-from metalearn.meta_training.ppo import PPO, PPOConfig
+from metalearn.meta_training.ppo import PPO
 from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import RolloutRunner, concatenate, relative_scores
 from metalearn.signals import GLOBAL_FEATURES
@@ -79,60 +79,9 @@ FULL_RECIPE = "full"
 ARMS = {FULL_RECIPE: Arm(), **{f"no_{part}": Arm(**{part: False}) for part in Arm.__dataclass_fields__}}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much is measured: bucket, slices a real domain, simulated domains to learn from, settings, seeds, arms."""
-
-    bucket: Bucket
-    slices: int
-    simulated: int
-    settings: MetaTrainConfig
-    seeds: int
-    arms: tuple[str, ...] = tuple(ARMS)
-
-
-FULL = Size(
-    bucket=SMALL,
-    slices=4,
-    simulated=40,
-    settings=MetaTrainConfig(
-        num_iterations=24,
-        groups_per_pool=(8,),
-        steps_range=((16, 96),),
-        search_tasks=(24,),
-        search_configurations=(32,),
-        validation_episodes=48,
-    ),
-    seeds=3,
-)
-QUICK = Size(
-    bucket=Bucket(users=128, items=96, interactions=4_096, dim=4, batch=32, evaluated=32),
-    slices=1,
-    simulated=6,
-    settings=MetaTrainConfig(
-        num_iterations=1,
-        groups_per_pool=(4,),
-        steps_range=((4, 8),),
-        search_tasks=(4,),
-        search_configurations=(8,),
-        validation_episodes=8,
-        ppo=PPOConfig(num_epochs=1),
-    ),
-    seeds=2,
-    arms=(FULL_RECIPE, "no_live_signals", "no_prior"),
-)
-
-
-def build_pools(size: Size, data: Path | None) -> tuple[TaskPool, TaskPool]:
-    """Builds the tasks to learn from, and those held out."""
-    pools = []
-    for seed, role in enumerate(("meta-training", "validation")):
-        sources = load_folder(data, role=role) if data else {}
-        real = {name: source.interactions() for name, source in sources.items()}
-        simulated = size.simulated if seed == 0 or not real else 0
-        pools.append(build_pool(real, size.bucket, slices_per_domain=size.slices, num_simulated=simulated, seed=seed))
-        print(f"{role}: {len(pools[-1])} tasks, {len(real)} real domains", flush=True)
-    return pools[0], pools[1]
+NUM_ITERATIONS = 24
+"""Of each arm: nine of them are to fit into an hour."""
+QUICK_ARMS = (FULL_RECIPE, "no_live_signals", "no_prior")
 
 
 def taken(pool: TaskPool, arm: Arm) -> TaskPool:
@@ -228,9 +177,11 @@ def measure(arm: Arm, size: Size, pools: tuple[TaskPool, TaskPool], seed: int) -
     return np.stack(scores)
 
 
-def run_arms(size: Size, pools: tuple[TaskPool, TaskPool], store: Path | None) -> dict[str, np.ndarray]:
+def run_arms(
+    size: Size, arms: Sequence[str], pools: tuple[TaskPool, TaskPool], store: Path | None
+) -> dict[str, np.ndarray]:
     """Runs every arm with every seed, or reads what the store has of them; arm to scores [seeds, 2, episodes]."""
-    possible = {name: ARMS[name] for name in size.arms}
+    possible = {name: ARMS[name] for name in arms}
     if len({name == "simulated" for name in pools[0].names}) < 2:
         possible = {name: arm for name, arm in possible.items() if arm.real_domains and arm.simulated_domains}
     described = repr((replace(size, seeds=0), ARMS, *(pool.names for pool in pools)))
@@ -284,13 +235,16 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments, began = parse(), time.monotonic()
     size = QUICK if arguments.quick else FULL
-    size = replace(size, seeds=arguments.seeds or size.seeds)
+    settings = replace(size.settings, num_iterations=1 if arguments.quick else NUM_ITERATIONS)
+    size = replace(size, seeds=arguments.seeds or size.seeds, settings=settings)
     if size.seeds < 2:
         raise SystemExit(f"error: `--seeds` must be at least 2 for an interval over them, got {size.seeds}")
     if not arguments.quick:
         arguments.store.mkdir(parents=True, exist_ok=True)
     pools = build_pools(size, arguments.data)
-    scores = run_arms(size, pools, None if arguments.quick else arguments.store)
+    scores = run_arms(
+        size, QUICK_ARMS if arguments.quick else tuple(ARMS), pools, None if arguments.quick else arguments.store
+    )
     figures = {**summarise(scores), "seconds": time.monotonic() - began}
     if not arguments.quick:
         record = {

@@ -1,13 +1,13 @@
 """Chooses the base of model families by real PyTorch runs on whole domains, and writes them for scripts/meta_train.py.
 
-    python scripts/choose_base.py --search runs/meta/state --data DIR --models matrix_factorization two_tower
+    python scripts/choose_base.py --search runs/meta/state --data DIR --models self_attention graph_convolution
     python scripts/meta_train.py --preset laptop --bases bases.json --data DIR --output runs/meta-again
 
-The search of a meta-training run predicts, family by family, what configurations are worth; its tasks are crops, with
-more epochs over fewer interactions than whole domains have, and that is what the best weight decay depends on most.
-Candidates are what would be best had other tasks been drawn (a bootstrap over the search's tasks). Each is run as the
-untrained controller's base, with a known horizon and without, on every domain of role "validation" in DIR, for a few
-seeds; the best by the mean over domains of log(NDCG@10 + 0.02) of validation users is chosen. The last line is JSON.
+The search of a meta-training run predicts, family by family, what configurations are worth. Candidates are what would
+be best had other tasks been drawn (a bootstrap over the search's tasks), and those of earlier runs of this script, by
+`--also`. Each is run as the untrained controller's base, with a known horizon and without, on every domain of role
+"validation" in DIR, for a few seeds; the best by the mean over domains of log(NDCG@10 + 0.02) of validation users is
+chosen. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -70,6 +70,13 @@ def find_candidates(folder: Path, family: str, count: int, seed: int) -> list[di
     ]
 
 
+def read_candidates(path: Path | None, family: str) -> list[dict[str, float]]:
+    """Returns the configurations of a family that an output of this script has runs of, each once."""
+    rows = json.loads(path.read_text())["runs"] if path else []
+    known = [row["configuration"] for row in rows if row["family"] == family]
+    return [one for index, one in enumerate(known) if one not in known[:index]]
+
+
 def measure(job: tuple[str, str, Path, str, int, Path]) -> tuple[float, float]:
     """Runs one base on one whole domain; returns NDCG@10 of all validation users, and the seconds that it took."""
     import torch
@@ -128,6 +135,7 @@ def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--search", type=Path, required=True, help="state folder of a meta-training run")
+    parser.add_argument("--also", type=Path, help="an output of this script, whose configurations are candidates too")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of domains; those of role validation are taken"
     )
@@ -151,6 +159,7 @@ def main() -> None:
     rows, bases = [], {}
     for family in models:
         candidates = find_candidates(arguments.search, family, count, arguments.seed)
+        candidates += read_candidates(arguments.also, family)
         found = compare(family, candidates, domains, seeds, arguments.data, arguments.workers)
         for row in found:
             print(f"{family}, {row['horizon']}: {row['score']:.4f} {row['configuration']}", flush=True)

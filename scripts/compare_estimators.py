@@ -5,7 +5,7 @@
     python scripts/compare_estimators.py --data DIR   # slices of real domains beside the simulated ones
 
 DIR is as for scripts/meta_train.py: slices of its "meta-training" domains are learnt from, those of its "validation"
-domains are held out; of simulated domains, others are held out than are learnt from.
+domains are held out; without it, other simulated domains are held out than are learnt from.
 
 With the same seed both have the same networks, bases, normaliser and supervised start, and are given the same groups of
 episodes in every iteration. Measured is the gain of the mean policy over the base schedule on held-out tasks, in
@@ -39,77 +39,20 @@ os.environ.setdefault(
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from experiment import FULL, QUICK, Size, build_pools
 from scipy import stats
 
-from envs.public import load_folder
-from envs.tasks import TaskPool, build_pool
-from envs.vectorized import SMALL, Bucket
+from envs.tasks import TaskPool
 from metalearn.controller.config import ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
 from metalearn.errors import MetalearnError
 from metalearn.meta_training.es import ESConfig
 from metalearn.meta_training.loop import MetaTrainConfig, meta_train
-from metalearn.meta_training.ppo import PPOConfig
 from provenance import provenance
 
 ESTIMATORS = ("ppo", "es")
 PREPARED = ("search.npz", "baseline.json")
 """What both estimators make alike from a seed, before their first iteration; the second is given the first one's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Size:
-    """How much is measured.
-
-    Args:
-      bucket: of every task.
-      tasks, held_out: simulated domains to learn from, and to measure on.
-      slices: of each real domain.
-      seeds: runs of each estimator.
-      settings: of every run; PPO is the estimator unless it is replaced.
-    """
-
-    bucket: Bucket
-    tasks: int
-    held_out: int
-    slices: int
-    seeds: int
-    settings: MetaTrainConfig
-
-
-FULL = Size(
-    bucket=SMALL,
-    tasks=40,
-    held_out=24,
-    slices=4,
-    seeds=3,
-    settings=MetaTrainConfig(
-        num_iterations=60,
-        groups_per_pool=(8,),
-        steps_range=((16, 96),),
-        search_tasks=(24,),
-        search_configurations=(32,),
-        validate_every=10,
-        validation_episodes=48,
-    ),
-)
-QUICK = Size(
-    bucket=Bucket(users=128, items=96, interactions=4_096, dim=4, batch=32, evaluated=32),
-    tasks=6,
-    held_out=4,
-    slices=1,
-    seeds=2,
-    settings=MetaTrainConfig(
-        num_iterations=2,
-        groups_per_pool=(4,),
-        steps_range=((4, 8),),
-        search_tasks=(4,),
-        search_configurations=(8,),
-        validate_every=1,
-        validation_episodes=8,
-        ppo=PPOConfig(num_epochs=1),
-    ),
-)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,17 +68,6 @@ class Curve:
     inner_steps: list[float]
     gain: list[float]
     seconds: list[float]
-
-
-def build_pools(size: Size, data: Path | None) -> tuple[TaskPool, TaskPool]:
-    """Builds the tasks to learn from, and those held out."""
-    pools = []
-    for seed, (role, count) in enumerate((("meta-training", size.tasks), ("validation", size.held_out))):
-        sources = load_folder(data, role=role) if data else {}
-        real = {name: source.interactions() for name, source in sources.items()}
-        pools.append(build_pool(real, size.bucket, slices_per_domain=size.slices, num_simulated=count, seed=seed))
-        print(f"{role}: {len(pools[-1])} tasks, {len(real)} real domains", flush=True)
-    return pools[0], pools[1]
 
 
 class _Measured(Exception):

@@ -142,7 +142,7 @@ PRESETS = {
         recipes=_EMBEDDINGS,
         slices=4,
         simulated={1_024: 30, 4_096: 12, 6_144: 12, 24_576: 4},
-        settings={},
+        settings={"validation_episodes": 8, "outcome_rounds": 3},
     ),
     # Episodes of a chunk run side by side on an accelerator, and every local device takes chunks.
     "gpu": Preset(

@@ -6,6 +6,7 @@ A killed run resumes.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -175,7 +176,10 @@ def validation_chunks(config: MetaTrainConfig, runner: RolloutRunner, *, horizon
     rng = np.random.default_rng([config.seed, 2])
     chunks = []
     for index, pool in enumerate(runner.pools):
-        tasks = [int(task) for task in np.arange(config.validation_episodes) % len(pool)]
+        # Evenly over the pool, whose tasks come domain by domain.
+        rounds = math.ceil(config.validation_episodes / len(pool))
+        spread = np.linspace(0, rounds * len(pool), config.validation_episodes, endpoint=False)
+        tasks = [int(place) % len(pool) for place in spread]
         for first in range(0, len(tasks), CHUNK):
             part = (tasks[first : first + CHUNK] * CHUNK)[:CHUNK]
             steps = _draw_steps(config, runner, index, part, rng)
