@@ -22,15 +22,15 @@ parameter group) and dropout. Written by `scripts/meta_train.py`; everything bel
 With cosine decay (known horizon), or held with averaged iterates (unknown horizon). An untrained or out-of-range
 controller is exactly this: the configuration that did best, without a controller, on the largest meta-training tasks of
 the family; `other` is for models of any other family, and did best over all of them.
-
+{at_rest}
 | family | horizon | {names} |
 |---|---|{rules}|
 {base}
 
 ## Validation
 Mean gain in log((NDCG@10 + 0.02) / (popularity + 0.02)) of one controlled run over the base schedule, on slices of
-domains that were never trained on ({validation_domains}). These chose the released iteration, so they flatter it; test
-figures are in the README.
+domains that were never trained on ({validation_domains}), by model family and users of the largest slice. These chose
+the released iteration, so they flatter it; test figures are in the README.
 
 | figure | value |
 |---|---|
@@ -64,6 +64,10 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
             cells = [f"{config.space[name].decode(unit):.4g}" for name, unit in units]
             rows.append("| " + " | ".join((family, horizon, *cells)) + " |")
     calibration = provenance["outcome"]["calibration"]
+    at_rest = f"""
+The policy was not trained on {", ".join(config.at_rest)}: for these it is at rest. Their bases were given to
+meta-training (`--bases`), chosen by runs on whole validation domains (`scripts/choose_base.py`).
+"""
     path.write_text(
         _TEMPLATE.format(
             sizes=", ".join(
@@ -81,6 +85,7 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
             names=" | ".join(CONTROLLED),
             rules="---|" * (len(CONTROLLED) - 1) + "---",
             base="\n".join(rows),
+            at_rest=at_rest if config.at_rest else "",
             validation_domains=", ".join(provenance["validation_domains"]) or "simulated ones",
             figures="\n".join(f"| {name} | {value:+.4f} |" for name, value in provenance["validation"].items()),
             outcome="\n".join(
