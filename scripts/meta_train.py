@@ -41,6 +41,7 @@ from metalearn.meta_training.es import ESConfig
 from metalearn.meta_training.loop import MetaTrainConfig, meta_train
 from metalearn.meta_training.model_card import write_model_card
 from metalearn.meta_training.outcome import OutcomeFitConfig
+from metalearn.meta_training.ppo import PPOConfig
 from metalearn.tracking import Tracker
 from provenance import commit
 
@@ -142,7 +143,12 @@ PRESETS = {
         recipes=_EMBEDDINGS,
         slices=4,
         simulated={1_024: 30, 4_096: 12, 6_144: 12, 24_576: 4},
-        settings={"validation_episodes": 8, "outcome_rounds": 3},
+        settings={
+            "validation_episodes": 8,
+            "outcome_rounds": 3,
+            # Rollouts of a group start alike, so that what differs between them is what the policy did.
+            "ppo": PPOConfig(start_weight=0.0, initial_start_log_std=-2.5),
+        },
     ),
     # Episodes of a chunk run side by side on an accelerator, and every local device takes chunks.
     "gpu": Preset(

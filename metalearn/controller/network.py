@@ -68,6 +68,10 @@ class GatedRecurrentUnit(nn.Module):
         return (1.0 - update) * new + update * hidden
 
 
+START_PARTS = ("encoder", "family", "start_hidden", "modifier", "gate")
+"""Parameters that the start configuration depends on; of them the in-run policy reads the code."""
+
+
 class ControllerNetwork(nn.Module):
     """Maps descriptors to a start and observations to actions; its output layers start at zero.
 

@@ -39,7 +39,8 @@ class PPOConfig:
       num_epochs, num_minibatches: passes over a batch of rollouts, and parts of each.
       initial_log_std, initial_start_log_std: of the action noise before tanh; in-run and start.
       entropy: weight of the noise's log standard deviation, which keeps exploration from dying.
-      start_weight: weight of the start's part of the objective, one decision an episode.
+      start_weight: weight of the start's part of the objective, one decision an episode. 0 leaves the start, and the
+        code of a domain that it reads, as they are: few groups tell less about starts than a search's trials did.
       transfer_penalty: weight of ‖gate · tanh(modifier)‖².
     """
 
@@ -209,6 +210,8 @@ def make_update(config: ControllerConfig, settings: PPOConfig) -> Any:
             (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
                 params, prior, part, jax.tree.map(lambda leaf: leaf[rows], target)
             )
+            if settings.start_weight == 0.0:
+                gradient = gradient._replace(network=_without_start(gradient.network))
             updates, state = transform.update(gradient, state, params)
             params = cast(PolicyParams, optax.apply_updates(params, updates))
             params = params._replace(
@@ -227,6 +230,14 @@ def make_update(config: ControllerConfig, settings: PPOConfig) -> Any:
         return params, state, jax.tree.map(jnp.mean, metrics)
 
     return update
+
+
+def _without_start(gradient: dict[str, Any]) -> dict[str, Any]:
+    """Returns a gradient of the networks that leaves the start as it is."""
+    return {
+        name: jax.tree.map(jnp.zeros_like, part) if name in network.START_PARTS else part
+        for name, part in gradient.items()
+    }
 
 
 class PPO:

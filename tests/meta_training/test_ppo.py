@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from metalearn.controller import CONTROLLED, ControllerConfig
+from metalearn.controller.network import START_PARTS
 from metalearn.meta_training import ppo
 from metalearn.meta_training.environment import Environment
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior
@@ -119,6 +122,17 @@ def test_every_part_of_the_policy_is_trained(toy: RolloutRunner, update, acting:
 def _paired(one: PolicyParams, other: PolicyParams):
     leaves = zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True)
     return [(jax.tree_util.keystr(path), (np.asarray(old), np.asarray(new))) for (path, old), new in leaves]
+
+
+def test_without_its_weight_the_start_stays_as_it_is(
+    config: ControllerConfig, toy: RolloutRunner, acting: PolicyParams, prior: Prior
+):
+    settings = dataclasses.replace(SETTINGS, start_weight=0.0)
+    update = ppo.make_update(config, settings)
+    params, _, _ = update(*start(acting), prior, explored(toy, acting, prior, 0), jax.random.key(0))
+    for name, part in params.network.items():
+        same = jax.tree.map(np.array_equal, part, acting.network[name])
+        assert all(jax.tree.leaves(same)) == (name in START_PARTS), name
 
 
 def test_exploration_stays_within_its_bounds(toy: RolloutRunner, update, acting: PolicyParams, prior: Prior):
