@@ -284,6 +284,7 @@ class Snapshots:
             room["device"] = room["host"]
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
+            _remove_stale_parts(self._folder)
             room["disk"] = shutil.disk_usage(self._folder).free * FREE_SHARE
         total = NUM_SLOTS * needed
         fitting: list[Place] = [self._wanted]
@@ -295,6 +296,17 @@ class Snapshots:
                 f"{ {p: int(r) for p, r in room.items()} }; pass a larger limit, or a `folder` to keep them on disk"
             )
         self._place, self._planned = fitting[0], needed
+
+
+def _remove_stale_parts(folder: Path) -> None:
+    """Removes what processes that were killed while they wrote have left of snapshots."""
+    for part in folder.glob(f"{Path(FILE_NAME).stem}.*.part"):
+        try:
+            os.kill(int(part.suffixes[0].removeprefix(".")), 0)
+        except ProcessLookupError:
+            part.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            continue  # somebody else's process, or not a file of ours
 
 
 def _read(path: Path) -> dict[str, Any]:

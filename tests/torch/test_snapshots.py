@@ -340,3 +340,5 @@ def test_killed_while_a_snapshot_is_written_the_one_before_loads(tmp_path: Path)
         loop.snapshots.restore()
         loop.extra = loop.snapshots.extra()
         assert_equal(loop.contents(), wanted)
+        loop.snapshots.save(3, loop.extra)
+        assert len(list(folder.iterdir())) == 1  # what was half written is gone
