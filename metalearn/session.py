@@ -10,40 +10,45 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from metalearn.controller.actions import (
-    Position,
-    Values,
-    confidence,
-    move,
-    relative_residual,
-    schedule_multiplier,
-    values,
-)
+from metalearn.controller.actions import Position, move, schedule_multiplier, values
 from metalearn.controller.arguments import check_arguments, check_mode, checked_statistics, decision_interval
-from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, ROLES
-from metalearn.controller.decision import Advice, Configuration, Decision, DecisionStatus, Mode
-from metalearn.controller.explanation import Explanation, explain_event, explain_start, explain_step
-from metalearn.controller.forecast import Improvement, forecast_improvement, forecast_risk
-from metalearn.controller.modes import Advisor, encode_answer, shadowed, told
-from metalearn.controller.reasons import changes, influences, situation
-from metalearn.controller.setting import Moment, Past, base_position, chosen, flat_values, make_setting, starts
-from metalearn.errors import SessionError
-from metalearn.safety.frame import guard_frame, within_limits
-from metalearn.safety.guard import OVERRIDE_RULES, GuardConfig, GuardState, after_decision, after_rollback, judge
-from metalearn.safety.proposal import Proposal, Verdict
-from metalearn.signals import (
-    Controls,
-    IntervalStatistics,
-    SignalHistory,
-    featurize,
-    initial_history,
-    out_of_range,
-    percentile_scale,
+from metalearn.controller.config import ROLES
+from metalearn.controller.deciding import Course, Stamp, event_decision, start_decision, step_decision
+from metalearn.controller.decision import Decision, DecisionStatus, Mode
+from metalearn.controller.forecast import forecast_risk
+from metalearn.controller.modes import Advisor, Taken, consents, settle, shadowed
+from metalearn.controller.placing import (
+    arrays,
+    controls,
+    listed,
+    listed_past,
+    past_of,
+    placed,
+    sound,
 )
+from metalearn.controller.setting import (
+    Moment,
+    Past,
+    describe,
+    flat,
+    flat_values,
+    make_setting,
+    starts,
+    widened,
+)
+from metalearn.errors import SessionError
+from metalearn.safety.adaptation import Bearings, Renewal, caught_up, decisions_left, propose_anew, respond, travelled
+from metalearn.safety.drift.report import DriftReport
+from metalearn.safety.drift.response import Loosening, choose_response
+from metalearn.safety.frame import as_it_stands, guard_frame, within_limits
+from metalearn.safety.guard import GuardConfig, GuardState, after_decision, after_rollback, judge
+from metalearn.safety.proposal import Proposal
+from metalearn.signals import Controls, IntervalStatistics, SignalHistory, featurize, initial_history, percentile_scale
 from metalearn.spaces import HyperparameterSpace
 
 if TYPE_CHECKING:
@@ -61,15 +66,8 @@ class _Left(NamedTuple):
     values: np.ndarray
     guard: GuardState
     mode: Mode
-    trust: float
-
-
-class _Taken(NamedTuple):
-    """A decision and where it puts the run."""
-
-    decision: Decision
-    position: Position
-    values: Values
+    given_up: bool
+    renewal: Renewal | None
 
 
 class Session:
@@ -116,22 +114,23 @@ class Session:
             horizon=horizon,
             batch_size=batch_size,
         )
-        in_group, in_run = self._setting.bound
+        self._describe = partial(describe, controller.checkpoint.normalizer, horizon=horizon, batch_size=batch_size)
+        self._began = self._setting
+        """of the profile that it was started with"""
         self._num_groups = len(roles)
-        self._ours = tuple(np.where(bound, 1.0, math.nan) for bound in (in_group, in_run))
-        self._names = [chosen(GROUP_CONTROLLED, row) for row in in_group], chosen(GLOBAL_CONTROLLED, in_run)
         self._mode: Mode = mode
         self._advisor = advisor
         self._guard_config, self._rules, self._guard = guard, guard.rules, GuardState()
-        self._at_rest = family in config.at_rest
-        self._trust = 0.0 if self._at_rest else float(confidence(out_of_range(self._setting.descriptors, np), np))
+        self._trust, self._given_up = self._setting.confidence, False
+        self._renewal: Renewal | None = None
         self._history = initial_history(len(roles), np, np.float64)
         self._hidden = np.zeros((len(roles), controller.network.hidden_size))
         self._steps = 0
         self._past: deque[Past] = deque(maxlen=REMEMBERED)
         self._left: _Left | None = None
         self._place(initial)
-        self._decision = self._first_decision(initial is not None)
+        first = start_decision(self._stamp(0, 0), self._setting, self._position, own_values=initial is not None)
+        self._decision = shadowed(first) if mode == "shadow" else first
 
     @property
     def num_groups(self) -> int:
@@ -193,16 +192,40 @@ class Session:
             group_action, run_action, hidden = self._setting.network.act(
                 self._hidden, group, run, self._setting.code, self._setting.roles
             )
-            group_action = _sound(group_action, self._setting.bound[0].shape)
-            run_action = _sound(run_action, self._setting.bound[1].shape)
-            moment = Moment(self._hidden, group, run, features, group_action, run_action, self._trust)
-            proposal = self._propose(moment, float(statistics.nonfinite))
+            group_action = sound(group_action, self._setting.bound[0].shape)
+            run_action = sound(run_action, self._setting.bound[1].shape)
+            trust = self._trust * self._guard.lead
+            moment = Moment(self._hidden, group, run, features, group_action, run_action, trust)
+            frame = as_it_stands(self._frame, self._guard)
+            course = Course(self._position, self._position) if statistics.nonfinite > 0 else self._course(frame)
+            proposal = self._propose(moment, course.around, frame, float(statistics.nonfinite))
         verdict = judge(proposal, self._rules)
-        candidate = self._candidate(steps, moment, proposal, verdict, int(history.since_best))
-        decision, position, decoded = self._put_in_force(candidate, proposal, verdict)
+        candidate = step_decision(
+            self._stamp(self._decision.index + 1, steps),
+            self._setting,
+            moment,
+            course,
+            proposal,
+            verdict,
+            before=self._decision,
+            past=tuple(self._past),
+            since_best=int(history.since_best),
+        )
+        decision, position, decoded = settle(
+            candidate,
+            Taken(self._decision, self._position, self._values),
+            verdict.values,
+            proposal,
+            mode=self._mode,
+            advisor=self._advisor,
+            setting=self._setting,
+            around=course.around,
+        )
         # Nothing above has changed the session: an advisor that raises leaves it as it was.
         moved = flat_values(position) - proposal.current
         self._past.append(Past(decision.index, steps, group, run, moved, moment.validation_change))
+        if position.group_start is not self._position.group_start:
+            self._frame = replace(self._frame, start=proposal.start)
         self._steps, self._history, self._position, self._values = steps, history, position, decoded
         if np.shape(hidden) == self._hidden.shape and np.isfinite(hidden).all():
             self._hidden = hidden
@@ -266,12 +289,69 @@ class Session:
         status = "fallback" if self._trust == 0.0 else "applied"
         return self._event(status, (f"mode: {mode}, after {before}",))
 
+    def adapt(
+        self,
+        report: DriftReport,
+        profile: DomainProfile | None = None,
+        *,
+        loosening: Loosening | None = None,
+        no_way_back: str | None = "rollback is off",
+        step: int | None = None,
+    ) -> Decision:
+        """Responds to drift, by its degree (`DriftReport.response`); where that cannot be done, by the next milder.
+
+        No value moves at once: what a response allows or aims at comes with the next decisions, under the guard.
+
+        - `re_profile`: asks for a profile; with one, policy and confidence go by it. Out of range, the run then
+          returns to its base.
+        - `loosen`: largest step and trust region are wider for some decisions.
+        - `re_propose`: the start is proposed anew from the profile, and the run travels there, see
+          `metalearn.safety.adaptation`. Without a profile it asks for one, and loosens.
+        - `roll_back`: is left to the caller, who calls `bar` afterwards.
+
+        Args:
+          report: of a monitor. Of a change that is no harm nothing comes.
+          profile: of the data as it is now, such as the session was started with of the data as it was.
+          loosening: how far and how long; by default as far and as long as `Loosening()`.
+          no_way_back: why the caller cannot roll back; None if it can.
+          step: optimizer steps done; by default those at the last decision.
+
+        Returns:
+          The decision in force; its `response` is what is done. Of status "held" in mode `frozen`, and "rejected" where
+          the advisor, who is asked before anything changes, says False.
+        """
+        choice = choose_response(report, has_profile=profile is not None, no_way_back=no_way_back)
+        if choice.response == "none":
+            return self._decision
+        told = (f"drift: {report.sentence}", *choice.reasons)
+        if self._mode == "frozen":
+            return self._event("held", (*told, "held: the session is frozen"), step=step)
+        now = self._bearings()
+        renewal = None if profile is None else self._renewal_by(profile, anew=choice.response == "re_propose")
+        answer = respond(
+            now,
+            choice,
+            renewal,
+            loosening=loosening or Loosening(),
+            frame=self._frame,
+            given_up=self._given_up,
+        )
+        told, status = (*told, answer.sentence), "fallback" if answer.bearings.trust == 0.0 else "applied"
+        if self._mode == "advise" and (answer.bearings is not now or answer.response == "roll_back"):
+            candidate = self._made(status, told, step=step, response=answer.response)
+            if not consents(self._advisor, candidate, self._setting, flat_values(self._position)):
+                return self._event("rejected", (*told, "rejected by the advisor"), step=step, advice="rejected")
+            told = (*told, "accepted by the advisor")
+        self._take(answer.bearings)
+        return self._event(status, told, step=step, response=answer.response)
+
     def bar(self, reason: str) -> Decision:
         """Bars, after a rollback, what led to it; call it when this session's earlier state has been loaded.
 
         What the values had moved since that state may not be done again for some decisions (`GuardConfig.cool_down`),
-        and the largest step is halved; it recovers by a tenth a decision. What was barred or halved before still is,
-        and the mode stays, although the state that was loaded knows nothing of it.
+        and the largest step is halved; it recovers by a tenth a decision. What was barred, halved or loosened before
+        still is, the mode stays, and so does a later profile of the data, although the state that was loaded knows
+        nothing of it.
 
         Args:
           reason: for the rollback, in the decision's reasons.
@@ -283,7 +363,8 @@ class Session:
         moved = left.values - flat_values(self._position)
         self._guard = after_rollback(self._guard, moved, self._guard_config, left.guard)
         self._mode, self._left = left.mode, None
-        if left.trust == 0.0:  # it had been given up to the base schedule, for good
+        self._take(caught_up(self._bearings(), left.renewal))
+        if left.given_up:
             self._surrender()
         labels = self._frame.labels
         barred = ", ".join(f"{labels[bar.value]} {'up' if bar.direction > 0 else 'down'}" for bar in self._guard.bars)
@@ -318,13 +399,16 @@ class Session:
             "steps": self._steps,
             "mode": self._mode,
             "trust": self._trust,
-            "base": _listed(self._base),
-            "position": _listed(self._position),
+            "base": listed(self._base),
+            "position": listed(self._position),
             "guard_state": self._guard.as_dict(),
-            "history": _listed(self._history),
+            "history": listed(self._history),
             "hidden": self._hidden.tolist(),
-            "past": [[part.tolist() if isinstance(part, np.ndarray) else part for part in one] for one in self._past],
+            "past": [listed_past(one) for one in self._past],
             "decision": self._decision.as_dict(),
+            "initial": copy.deepcopy(self._initial),
+            "given_up": self._given_up,
+            "renewal": None if self._renewal is None else self._renewal.as_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -345,27 +429,59 @@ class Session:
         decision = Decision.from_dict(state["decision"])
         erased = self._decision.index > decision.index
         self._left = self._leave() if erased else None
-        self._steps, self._mode, self._trust = int(state["steps"]), state["mode"], float(state["trust"])
-        self._base = Position(**_arrays(state["base"]))
-        self._position = Position(**_arrays(state["position"]))
-        self._frame = guard_frame(self._setting, self._position, self._base, self._guard_config)
-        self._guard = GuardState.from_dict(state["guard_state"])
-        self._history = SignalHistory(**_arrays(state["history"]))
+        self._steps, self._mode, trust = int(state["steps"]), state["mode"], float(state["trust"])
+        # States of before drift was responded to lack the last three.
+        renewal = None if state.get("renewal") is None else Renewal.from_dict(state["renewal"])
+        setting = self._began if renewal is None else self._began.described_by(renewal.descriptors)
+        self._initial = copy.deepcopy(state.get("initial", self._initial))
+        self._given_up = bool(state.get("given_up", trust == 0.0))
+        self._base = Position(**arrays(state["base"]))
+        position, guard = Position(**arrays(state["position"])), GuardState.from_dict(state["guard_state"])
+        self._take(Bearings(setting, trust, position, guard, renewal))
+        self._history = SignalHistory(**arrays(state["history"]))
         self._values = values(self._position, self._config, np)
         self._hidden = np.array(state["hidden"], np.float64)
-        self._past = deque((_past(one) for one in state["past"]), maxlen=REMEMBERED)
+        self._past = deque(map(past_of, state["past"]), maxlen=REMEMBERED)
         self._decision = decision
 
-    def _surrender(self) -> None:
-        self._trust, self._position = 0.0, self._base
+    def _bearings(self) -> Bearings:
+        return Bearings(self._setting, self._trust, self._position, self._guard, self._renewal)
+
+    def _take(self, bearings: Bearings) -> None:
+        self._setting, self._trust, self._position, self._guard, self._renewal = bearings
         self._frame = guard_frame(self._setting, self._position, self._base, self._guard_config)
 
+    def _surrender(self) -> None:
+        self._given_up = True
+        self._take(Bearings(self._setting, 0.0, self._base, self._guard, self._standing()))
+
+    def _standing(self) -> Renewal | None:
+        """Returns what a later profile has made of the run, less the way to a start that it proposed."""
+        return None if self._renewal is None else self._renewal._replace(target=None)
+
     def _leave(self) -> _Left:
-        return _Left(flat_values(self._position), self._guard, self._mode, self._trust)
+        return _Left(flat_values(self._position), self._guard, self._mode, self._given_up, self._renewal)
+
+    def _renewal_by(self, profile: DomainProfile, *, anew: bool) -> Renewal:
+        descriptors, standing = self._describe(profile), self._renewal
+        setting = self._began.described_by(descriptors)
+        if anew or setting.confidence == 0.0:
+            target = propose_anew(setting, self._initial, self._guard_config, flat_values(self._position))
+        else:
+            target = None if standing is None else standing.target
+        return Renewal(profile.fingerprint, descriptors, target)
+
+    def _course(self, frame: Proposal) -> Course:
+        """Returns where the next decision goes from: with a start that was proposed anew, from one nearer to it."""
+        position, target = self._position, None if self._renewal is None else self._renewal.target
+        if target is None or np.array_equal(flat(position.group_start, position.global_start), target):
+            return Course(position, position)
+        around = travelled(position, target, frame)
+        return Course(position, around, decisions_left(around, target, frame.max_step))
 
     def _arguments(self) -> dict[str, Any]:
         """Returns what a session must have in common with one whose state it takes over."""
-        in_group, in_run = self._setting.bound
+        in_group, in_run = self._setting.names
         return {
             "version": STATE_VERSION,
             "controller": self._fingerprints["controller"],
@@ -375,241 +491,74 @@ class Session:
             "horizon": self.horizon,
             "batch_size": self.batch_size,
             "interval": self.interval,
-            "hyperparameters": [[*chosen(GROUP_CONTROLLED, row)] for row in in_group]
-            + [[*chosen(GLOBAL_CONTROLLED, in_run)]],
+            "hyperparameters": [*map(list, in_group), list(in_run)],
             "domain": self._fingerprints["domain"],
             "guard": self._guard_config.as_dict(),
         }
 
     def _place(self, initial: Sequence[Mapping[str, float]] | None) -> None:
         """Takes the start configuration: the controller's own, or from the values in force."""
+        self._initial = None if initial is None else [{k: float(v) for k, v in row.items()} for row in initial]
         position, base = starts(self._setting, self._trust, initial)
-        self._position, self._base = (
+        position, self._base = (
             within_limits(self._setting, start, base, self._guard_config) for start in (position, base)
         )
-        self._frame = guard_frame(self._setting, self._position, self._base, self._guard_config)
+        self._take(Bearings(self._setting, self._trust, position, self._guard, self._standing()))
         self._values = values(self._position, self._config, np)
 
-    def _first_decision(self, own_values: bool) -> Decision:
-        if own_values:
-            reason = "start: the optimizer's own values, since the controller's prior is for AdamW"
-        elif self._at_rest:
-            reason = f"start: base configuration, which is all that this controller has for {self.family} models"
-        elif self._trust == 0.0:
-            reason = "start: base configuration, since the domain lies outside the meta-training range"
-        else:
-            reason = f"start: base configuration shifted for this domain, at confidence {self._trust:.2f}"
-        setting, position, trust = self._setting, self._position, self._trust
-        base = base_position(setting)
-
-        def foresee() -> Improvement | None:
-            return forecast_improvement(setting, position, base, None)
-
-        def explain() -> Explanation:
-            return explain_start(
-                setting, position=position, base=flat_values(base), trust=trust, expected=decision.improvement
-            )
-
-        intended = self._configuration(values(position, self._config, np))
-        status = "fallback" if trust == 0.0 else "applied"
-        decision = self._decide(0, 0, status, intended, lambda: (reason,), foresee, explain)
-        return shadowed(decision) if self._mode == "shadow" else decision
-
-    def _propose(self, moment: Moment, nonfinite_steps: float) -> Proposal:
+    def _propose(self, moment: Moment, around: Position, frame: Proposal, nonfinite_steps: float) -> Proposal:
         """Puts what the policy wants before the guard."""
-        setting, position = self._setting, self._position
+        setting, position, model = self._setting, self._position, self._setting.outcome
         free_group, free_run = setting.bound
         wanted = move(
-            position, moment.group_action * free_group, moment.run_action * free_run, self._trust, self._config, np
+            around,
+            moment.group_action * free_group,
+            moment.run_action * free_run,
+            moment.trust,
+            widened(setting.config, self._guard.lead),
+            np,
         )
-        scale, model = self._guard.step_scale, setting.outcome
         risk: Callable[[np.ndarray, float], float] | None = None
         if self._guard_config.acceptance is not None and model is not None:
 
             def weigh(where: np.ndarray, tolerance: float) -> float:
-                return forecast_risk(setting, model, self._placed(where), position, moment, tolerance)
+                return forecast_risk(setting, model, placed(around, where), position, moment, tolerance)
 
             risk = weigh
 
         return replace(
-            self._frame,
+            frame,
             current=flat_values(position),
             proposed=flat_values(wanted),
-            max_step=self._frame.max_step if scale == 1.0 else self._frame.max_step * scale,
+            start=frame.start if around is position else flat(around.group_start, around.global_start),
             nonfinite_steps=nonfinite_steps,
-            bars=self._guard.bars,
             risk=risk,
         )
 
-    def _candidate(self, steps: int, moment: Moment, proposal: Proposal, verdict: Verdict, since_best: int) -> _Taken:
-        """Returns what the controller does if nobody keeps it from it."""
-        setting, held, before, past = self._setting, self._position, self._decision, tuple(self._past)
-        index, former = before.index + 1, before.intended if before.mode == "shadow" else before.in_force
-        current = proposal.current
-        asked = verdict.values if verdict.rejected is None else verdict.rejected
-        wanted = self._placed(asked)
-        position = wanted if verdict.rejected is None else held
-        decoded = values(position, self._config, np)
-        configuration = self._configuration(decoded)
-
-        def reasons() -> tuple[str, ...]:
-            changed = changes(former, configuration)
-            return (*verdict.reasons, *changed, *situation(moment.raw.run, since_best), *influences(setting, moment))
-
-        def foresee() -> Improvement | None:
-            return forecast_improvement(setting, wanted, held, moment)
-
-        def explain() -> Explanation:
-            return explain_step(
-                setting,
-                moment,
-                index=index,
-                step=steps,
-                move=asked - current,
-                position=wanted,
-                expected=decision.improvement,
-                past=past,
-            )
-
-        status = "fallback" if self._trust == 0.0 and verdict.status == "applied" else verdict.status
-        decision = self._decide(index, steps, status, configuration, reasons, foresee, explain)
-        if verdict.rejected is not None:
-            decision = replace(decision, proposed=self._configuration(values(wanted, self._config, np)))
-        return _Taken(decision, position, decoded)
-
-    def _put_in_force(self, candidate: _Taken, proposal: Proposal, verdict: Verdict) -> _Taken:
-        """Does with a candidate what the mode says."""
-        if self._mode == "control":
-            return candidate
-        if self._mode == "shadow":
-            return candidate._replace(decision=shadowed(candidate.decision))
-        if self._mode == "frozen":
-            return self._kept(candidate.decision, "held", "held: the session is frozen", None)
-        if self._advisor is None or np.array_equal(verdict.values, proposal.current):
-            return candidate
-        answer = self._advisor(candidate.decision)
-        if isinstance(answer, (bool, np.bool_)):
-            if answer:
-                accepted = told(candidate.decision, "accepted by the advisor", advice="accepted")
-                return candidate._replace(decision=accepted)
-            return self._kept(candidate.decision, "rejected", "rejected by the advisor", "rejected")
-        return self._overridden(candidate.decision, answer, proposal)
-
-    def _kept(self, candidate: Decision, status: DecisionStatus, reason: str, advice: Advice | None) -> _Taken:
-        """Leaves the values where they are."""
-        now = self._decision
-        intended = candidate.intended if candidate.intended != now.in_force else None
-        decision = told(
-            candidate, reason, status=status, advice=advice, groups=now.groups, run=now.run, proposed=intended
-        )
-        return _Taken(decision, self._position, self._values)
-
-    def _overridden(self, candidate: Decision, answer: Any, proposal: Proposal) -> _Taken:
-        """Takes the advisor's values, as far as the guard lets them through."""
-        verdict = judge(
-            replace(proposal, proposed=encode_answer(self._setting, answer, proposal.current)), OVERRIDE_RULES
-        )
-        position = self._placed(verdict.values)
-        decoded = values(position, self._config, np)
-        groups, run = self._configuration(decoded)
-        decision = told(
-            candidate,
-            "; ".join(("overridden by the advisor", *verdict.reasons)),
-            status=verdict.status,
-            advice="overridden",
-            groups=groups,
-            run=run,
-            proposed=candidate.intended,
-        )
-        return _Taken(decision, position, decoded)
-
-    def _event(self, status: DecisionStatus, reasons: tuple[str, ...]) -> Decision:
+    def _event(self, status: DecisionStatus, reasons: tuple[str, ...], **about: Any) -> Decision:
         """Puts the position in force, for a reason that is not the policy's."""
-        index, steps = self._decision.index + 1, self._steps
         self._values = values(self._position, self._config, np)
-        decision = self._decide(
-            index,
-            steps,
-            status,
-            self._configuration(self._values),
-            lambda: reasons,
-            lambda: None,
-            lambda: explain_event(index, steps, reasons),
-        )
+        decision = self._made(status, reasons, **about)
         self._decision = shadowed(decision) if self._mode == "shadow" else decision
         return self._decision
 
-    def _decide(
-        self,
-        index: int,
-        step: int,
-        status: DecisionStatus,
-        configuration: Configuration,
-        reasons: Callable[[], tuple[str, ...]],
-        improvement: Callable[[], Improvement | None],
-        explanation: Callable[[], Explanation],
+    def _made(
+        self, status: DecisionStatus, reasons: tuple[str, ...], *, step: int | None = None, **about: Any
     ) -> Decision:
-        return Decision(
-            index=index,
-            step=step,
-            status=status,
-            groups=configuration.groups,
-            run=configuration.run,
-            schedule=self.multiplier(step),
-            confidence=self._trust,
-            mode=self._mode,
-            reasons_fn=reasons,
-            improvement_fn=improvement,
-            explanation_fn=explanation,
-        )
+        stamp = self._stamp(self._decision.index + 1, self._steps if step is None else step)
+        decision = event_decision(stamp, self._setting, self._values, status, reasons)
+        return replace(decision, **about) if about else decision
 
-    def _configuration(self, decoded: Values) -> Configuration:
-        in_group, in_run = self._names
-        return Configuration(
-            tuple({name: float(getattr(decoded, name)[g]) for name in names} for g, names in enumerate(in_group)),
-            {name: float(getattr(decoded, name)) for name in in_run},
-        )
+    def _stamp(self, index: int, step: int) -> Stamp:
+        return Stamp(index, step, self.multiplier(step), self._trust, self._mode)
 
     def _controls(self, steps: int) -> Controls:
-        """What was in force during the interval that ended just now; NaN for what is not ours to set."""
-        group_residual, run_residual = relative_residual(self._position, self._config, np)
-        in_group, in_run = self._ours
-        ours = math.nan if self._mode == "shadow" else 1.0
-        return Controls(
-            learning_rate=self._values.learning_rate * self.multiplier(steps - 1) * in_group[:, 0] * ours,
-            weight_decay=self._values.weight_decay * in_group[:, 1] * ours,
-            group_residual=group_residual * in_group,
-            dropout=np.float64(self._values.dropout) * in_run[0] * ours,
-            dropout_residual=run_residual[0] * in_run[0],
-            progress=np.float64(math.nan if self.horizon is None else steps / self.horizon),
-            epochs=np.float64(steps / self._epoch),
+        return controls(
+            self._setting,
+            self._position,
+            self._values,
+            schedule=self.multiplier(steps - 1),
+            shadow=self._mode == "shadow",
+            progress=math.nan if self.horizon is None else steps / self.horizon,
+            epochs=steps / self._epoch,
         )
-
-    def _placed(self, where: np.ndarray) -> Position:
-        split = self.num_groups * len(GROUP_CONTROLLED)
-        group = where[:split].reshape(self.num_groups, -1)
-        return self._position._replace(
-            group_residual=group - self._position.group_start,
-            global_residual=where[split:] - self._position.global_start,
-        )
-
-
-def _sound(action: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns an action as it is, or NaN, which the guard holds, if it is not one real number for each value."""
-    sound = isinstance(action, np.ndarray) and action.shape == shape and action.dtype.kind in "fiu"
-    return action if sound else np.full(shape, math.nan)
-
-
-def _listed(arrays: Any) -> dict[str, Any]:
-    """Returns the arrays of a named tuple as lists."""
-    return {name: value.tolist() for name, value in arrays._asdict().items()}
-
-
-def _arrays(lists: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {name: np.array(value, np.float64) for name, value in lists.items()}
-
-
-def _past(content: Sequence[Any]) -> Past:
-    index, step, group, run, moved, change = content
-    arrays = (np.array(part, np.float64) for part in (group, run, moved))
-    return Past(int(index), int(step), *arrays, validation_change=float(change))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -42,6 +43,21 @@ def test_first_decision_is_the_start_configuration(controller: Controller):
     assert "start: base configuration shifted for this domain" in decision.reasons[0]
     assert decision.groups[0] == decision.groups[1]
     assert session.ask() is decision
+
+
+@pytest.mark.parametrize("horizon", [None, 1000])
+def test_a_start_that_is_not_finite_gives_way_to_the_base(controller: Controller, horizon: int | None):
+    poisoned = np.full_like(controller.checkpoint.network["modifier/bias"], math.nan)
+    checkpoint = controller.checkpoint
+    network = {**checkpoint.network, "modifier/bias": poisoned}
+    session = start(Controller(dataclasses.replace(checkpoint, network=network)), horizon=horizon)
+    decision = session.ask()
+    base = [
+        controller.config.space[name].decode(float(unit))
+        for name, unit in zip(CONTROLLED, checkpoint.base[0, int(horizon is not None)], strict=True)
+    ]
+    assert [{**decision.groups[0], **decision.run}[name] for name in CONTROLLED] == pytest.approx(base, rel=1e-5)
+    assert decision.reasons == ("start: base configuration where the controller's own is not finite",)
 
 
 def test_decisions_follow_one_another(controller: Controller):

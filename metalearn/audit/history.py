@@ -215,6 +215,8 @@ def _taken(content: Mapping[str, Any], record: Record) -> Taken:
             "groups": tuple(_values(group) for group in proposed["groups"]),
             "run": _values(proposed["run"]),
         }
+    if (response := content.get("response")) is not None:
+        known["response"] = str(response)[:MAX_TEXT]
     if (improvement := content.get("improvement")) is not None:
         known["improvement"] = {key: _number(value) for key, value in improvement.items()}
     if (explanation := content.get("explanation")) is not None:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from metalearn.audit.figures import NUM_SERIES, Chart, Event, Line, Mark
-from metalearn.audit.history import History, Taken
+from metalearn.audit.history import History, Taken, Trigger
 from metalearn.audit.record import RecordKind
 from metalearn.controller.config import CONTROLLED
 from metalearn.controller.decision import Configuration, Decision
@@ -116,7 +116,7 @@ def improvement_figure(history: History) -> Figure | None:
 
 
 def drift_figure(history: History) -> Figure | None:
-    """Draws alarms by stream over the run; None if there were none."""
+    """Draws alarms by stream over the run, and what was done about each; None if there were none."""
     drifts = history.of_kind(RecordKind.DRIFT)
     rows = list(dict.fromkeys(str(one.facts.get("stream") or "unnamed") for one in drifts))
     if not rows:
@@ -126,7 +126,7 @@ def drift_figure(history: History) -> Figure | None:
             x=one.step,
             y=rows.index(str(one.facts.get("stream") or "unnamed")),
             shape=DEGREE_SHAPES.get(str(one.facts.get("degree")), "square"),
-            title=f"step {one.step}: {one.facts.get('degree', 'drift')}: {one.sentence}",
+            title=f"step {one.step}: {one.facts.get('degree', 'drift')}: {one.sentence}{_response(one)}",
         )
         for one in drifts
     ]
@@ -199,6 +199,11 @@ def _events(history: History) -> list[Event]:
         Event(x=one.step, kind=one.kind.value, title=f"step {one.step}: {told[one.kind]}: {one.sentence}")
         for one in history.triggers
     ]
+
+
+def _response(drift: Trigger) -> str:
+    response = str(drift.facts.get("response", "none"))
+    return "" if response == "none" else f"; response: {response.replace('_', ' ')}"
 
 
 def _measured(history: History, name: str) -> list[Point]:

@@ -104,7 +104,8 @@ def _slug(status: str) -> str:
 def _aside(one: Taken) -> str:
     mode = "" if one.decision.mode == "control" else f"<br>mode {readable(one.decision.mode)}"
     advice = "" if one.decision.advice is None else f"<br>{readable(one.decision.advice)} by the advisor"
-    return f"{mode}{advice}{'<br>later gone back from' if one.superseded else ''}"
+    response = "" if one.decision.response is None else f"<br>to drift: {readable(one.decision.response)}"
+    return f"{mode}{advice}{response}{'<br>later gone back from' if one.superseded else ''}"
 
 
 def _changes(decision: Decision, before: Decision | None) -> Iterator[str]:

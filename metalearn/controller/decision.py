@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from metalearn.controller.explanation import Explanation, not_recorded
 from metalearn.controller.forecast import Improvement
+
+if TYPE_CHECKING:
+    from metalearn.safety.drift.report import Response
 
 DecisionStatus = Literal["applied", "limited", "held", "rejected", "rolled back", "fallback"]
 Mode = Literal["control", "shadow", "advise", "frozen"]
@@ -43,6 +46,7 @@ class Decision:
       proposed: what it would have done, where that is not what is in force: in the modes `shadow` and `frozen`, and
         where a change was rejected or overridden.
       advice: of the advisor, if one was asked.
+      response: to drift, of a decision that is one: what is done. None for any other, and where nothing is done.
       reasons_fn: returns the reasons, plain sentences.
       improvement_fn: returns the expected improvement: of the start over the base configuration, later of the change
         over going on without it; None where the controller has no outcome model.
@@ -59,6 +63,7 @@ class Decision:
     mode: Mode = "control"
     proposed: Configuration | None = None
     advice: Advice | None = None
+    response: Response | None = None
     reasons_fn: Callable[[], tuple[str, ...]] = field(repr=False)
     improvement_fn: Callable[[], Improvement | None] = field(repr=False, default=lambda: None)
     explanation_fn: Callable[[], Explanation] | None = field(repr=False, default=None)
@@ -123,6 +128,8 @@ class Decision:
             "improvement": None if self.improvement is None else self.improvement._asdict(),
             "reasons": self.reasons,
         }
+        if self.response is not None:
+            content["response"] = self.response
         return {**content, "explanation": self.explain().as_dict()} if explanation else content
 
     @classmethod

@@ -20,6 +20,8 @@ from metalearn.controller.setting import Moment, Past, Setting, flat
 
 LIMITS = "limits"
 """What trust region, guard and, at the start, the loop's own values took from what the network asked for, or added."""
+NEW_START = "new start"
+"""A start that was proposed anew because of drift, and to which the run travels."""
 NUM_SIMILAR = 3
 
 
@@ -32,7 +34,8 @@ class Attribution:
       action: its change, as a share of its unit range; of decision 0 the start's shift from the base.
       factor: the same as a factor; None where the scale is not logarithmic.
       contributions: signal, meta-feature, "model family", "what went before" (the recurrent state), "usual move" (what
-        the network does at the median of everything) or "limits" (trust region and guard) to its part of the action.
+        the network does at the median of everything), "new start" (the way to a start proposed anew) or "limits" (trust
+        region and guard) to its part of the action.
     """
 
     label: str
@@ -157,7 +160,7 @@ def not_recorded(index: int, step: int) -> Explanation:
 
 
 def explain_event(index: int, step: int, reasons: Sequence[str]) -> Explanation:
-    """Explains what no policy decided: a rollback, a fallback, a change of mode."""
+    """Explains what no policy decided: a rollback, a fallback, a response to drift, a change of mode."""
     return Explanation(index=index, step=step, recorded=True, sentence=f"At step {step}: {'; '.join(reasons)}.")
 
 
@@ -203,6 +206,7 @@ def explain_step(
     position: Position,
     expected: Improvement | None,
     past: Sequence[Past],
+    way: np.ndarray | None = None,
 ) -> Explanation:
     """Explains a decision in mid-run: what moved the values, and what else the controller knew.
 
@@ -214,8 +218,11 @@ def explain_step(
       position: after it.
       expected: improvement over going on without a change.
       past: earlier decisions, in order.
+      way: [V] of the move, how far the start itself has travelled; None if it stays.
     """
     contributions, asked = attribute_step(setting, moment)
+    if way is not None:
+        contributions, asked = contributions | {NEW_START: way}, asked + way
     attributions = _attributions(setting, contributions, asked, move)
     turned = find_counterfactual(setting, moment)
     main = main_value(setting, moment)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from metalearn.controller.actions import Position, start_position
+from metalearn.controller.actions import Position, confidence, start_position
 from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, ROLES, ControllerConfig
-from metalearn.controller.observation import budget_descriptors, profile_descriptors
+from metalearn.controller.observation import Normalizer, budget_descriptors, profile_descriptors
 from metalearn.controller.outcome import OutcomeModel
 from metalearn.controller.runtime import NumpyNetwork
-from metalearn.signals import GLOBAL_FEATURES, SignalFeatures, percentile_scale
+from metalearn.signals import GLOBAL_FEATURES, SignalFeatures, out_of_range, percentile_scale
 from metalearn.spaces import HyperparameterSpace
 
 if TYPE_CHECKING:
@@ -79,6 +80,22 @@ class Setting:
         return flat(*self.bound)
 
     @property
+    def at_rest(self) -> bool:
+        """Whether the controller has nothing but the base for models of this family."""
+        return self.family > 0 and self.config.families[self.family - 1] in self.config.at_rest
+
+    @property
+    def confidence(self) -> float:
+        """Share of its reach that the controller may use here: 1 in the meta-training range, 0 far outside."""
+        return 0.0 if self.at_rest else float(confidence(out_of_range(self.descriptors, np), np))
+
+    @cached_property
+    def names(self) -> tuple[list[list[str]], list[str]]:
+        """Of each group, and of the run, what may be changed."""
+        in_group, in_run = self.bound
+        return [chosen(GROUP_CONTROLLED, row) for row in in_group], chosen(GLOBAL_CONTROLLED, in_run)
+
+    @property
     def max_step(self) -> np.ndarray:
         """[V] largest change in one decision."""
         return self.spread(np.array([h.max_step for h in self.config.space]))
@@ -92,6 +109,26 @@ class Setting:
         """Returns the factor that a shift in the unit range is; None where the scale is not logarithmic."""
         known = self.config.space[hyperparameter]
         return float((known.high / known.low) ** shift) if known.scale == "log" else None
+
+    def described_by(self, descriptors: np.ndarray) -> Setting:
+        """Returns the setting of a domain with other descriptors [D]."""
+        return replace(self, descriptors=descriptors, code=self.network.code(descriptors, self.family))
+
+
+def describe(
+    normalizer: Normalizer, profile: DomainProfile, *, horizon: int | None, batch_size: int | None
+) -> np.ndarray:
+    """Returns [D] the scaled descriptors of a domain and a budget."""
+    epoch = profile.num_interactions / batch_size if batch_size else math.nan
+    budget = budget_descriptors(
+        np.float64(math.nan if horizon is None else horizon / epoch),
+        np.float64(math.nan if batch_size is None else batch_size),
+        np.float64(profile.num_users),
+        np.float64(profile.num_items),
+        np,
+    )
+    raw = np.concatenate([profile_descriptors(profile), budget])
+    return percentile_scale(raw, normalizer.descriptors.astype(np.float64), np)
 
 
 def make_setting(
@@ -111,16 +148,7 @@ def make_setting(
         controller.checkpoint.normalizer,
         controller.config.family_index(family),
     )
-    epoch = profile.num_interactions / batch_size if batch_size else math.nan
-    budget = budget_descriptors(
-        np.float64(math.nan if horizon is None else horizon / epoch),
-        np.float64(math.nan if batch_size is None else batch_size),
-        np.float64(profile.num_users),
-        np.float64(profile.num_items),
-        np,
-    )
-    raw = np.concatenate([profile_descriptors(profile), budget])
-    descriptors = percentile_scale(raw, normalizer.descriptors.astype(np.float64), np)
+    descriptors = describe(normalizer, profile, horizon=horizon, batch_size=batch_size)
     kept = withheld if withheld is not None else [()] * len(roles)
     return Setting(
         network=controller.network,
@@ -215,6 +243,13 @@ def flat(group: np.ndarray, run: np.ndarray) -> np.ndarray:
 def flat_values(position: Position) -> np.ndarray:
     """Returns where a position is, [V] in unit ranges."""
     return flat(position.group_start + position.group_residual, position.global_start + position.global_residual)
+
+
+def widened(config: ControllerConfig, lead: float) -> ControllerConfig:
+    """Returns a config whose trust region is wider by a factor; the start's reach stays."""
+    if lead == 1.0:
+        return config
+    return replace(config, reach=tuple(replace(r, low=r.low * lead, high=r.high * lead) for r in config.reach))
 
 
 def chosen(names: Sequence[str], mask: np.ndarray) -> list[str]:

@@ -6,12 +6,13 @@ Shape legend as in `metalearn.safety.proposal`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
 from metalearn.controller.actions import Position, trust_region
 from metalearn.controller.setting import Setting, flat, flat_values
-from metalearn.safety.guard import GuardConfig
+from metalearn.safety.guard import GuardConfig, GuardState
 from metalearn.safety.proposal import Proposal, Region
 
 _HAIR = 1e-9
@@ -47,9 +48,27 @@ def guard_frame(setting: Setting, position: Position, base: Position, config: Gu
     )
 
 
+def as_it_stands(frame: Proposal, state: GuardState) -> Proposal:
+    """Returns a frame with what rollbacks barred and halved, and what drift loosened.
+
+    A lead widens the largest step and the trust region; the largest deviation, caps and bounds stay.
+    """
+    step = state.step_scale * state.lead
+    if not state.bars and step == state.lead == 1.0:
+        return frame
+    return replace(
+        frame,
+        low=frame.low * state.lead,
+        high=frame.high * state.lead,
+        max_step=frame.max_step * step,
+        bars=state.bars,
+    )
+
+
 def within_limits(setting: Setting, start: Position, base: Position, config: GuardConfig) -> Position:
-    """Brings a start within the largest deviation and the caps."""
+    """Brings a start within the largest deviation and the caps; what of it is not finite gives way to the base."""
     where = flat_values(start)
+    where = np.where(np.isfinite(where), where, flat_values(base))
     for region in (_deviation(setting, base, config), _caps(setting, config)):
         if region is not None:
             where = np.clip(where, *region)

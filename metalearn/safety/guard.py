@@ -30,7 +30,8 @@ from metalearn.safety.rules import (
 )
 
 STEP_RECOVERY = 1.1
-"""A largest step that was halved grows by this at each decision: it is whole again after eight."""
+"""A largest step that was halved grows by this at each decision: it is whole again after eight. By as much the lead of
+a loosened policy shrinks."""
 SMALLEST_STEP_SCALE = 1 / 16
 
 _FIRST: tuple[Rule, ...] = (finite_loss, real_numbers)
@@ -125,11 +126,15 @@ class GuardState:
       bars: directions barred for now.
       step_scale: share of the largest step that is allowed, halved by every rollback.
       rollbacks: so far.
+      lead: factor on the largest step and on the trust region, above 1 where the policy was loosened.
+      lead_for: decisions for which it has all of that lead.
     """
 
     bars: tuple[Bar, ...] = ()
     step_scale: float = 1.0
     rollbacks: int = 0
+    lead: float = 1.0
+    lead_for: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Returns JSON-ready values."""
@@ -137,15 +142,19 @@ class GuardState:
             "bars": [list(bar) for bar in self.bars],
             "step_scale": self.step_scale,
             "rollbacks": self.rollbacks,
+            "lead": self.lead,
+            "lead_for": self.lead_for,
         }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> GuardState:
-        """Inverts `as_dict`."""
+        """Inverts `as_dict`; a state of before policies were loosened has no lead."""
         return cls(
             bars=tuple(Bar(*(int(part) for part in bar)) for bar in content["bars"]),
             step_scale=float(content["step_scale"]),
             rollbacks=int(content["rollbacks"]),
+            lead=float(content.get("lead", 1.0)),
+            lead_for=int(content.get("lead_for", 0)),
         )
 
 
@@ -183,18 +192,25 @@ def judge(proposal: Proposal, rules: Sequence[Rule] = RULES) -> Verdict:
 
 
 def after_decision(state: GuardState, proposal: Proposal, verdict: Verdict, config: GuardConfig) -> GuardState:
-    """Lets bars run down and steps recover, and bars the directions in which values were limited."""
+    """Lets bars run down, steps recover and leads shrink, and bars the directions in which values were limited.
+
+    A lead waits with shrinking until steps are whole: what lies outside the narrower trust region is then never further
+    away than the largest step, as long as no side of the region is longer than ten of those.
+    """
     limited: tuple[Bar, ...] = ()
     if config.limit_cool_down and verdict.status == "limited":
         with np.errstate(invalid="ignore"):
             cut = np.nan_to_num(proposal.proposed - verdict.values, posinf=1.0, neginf=-1.0)
         barred = {bar[:2] for bar in state.bars}  # was held by its bar, which shall run down
         limited = tuple(bar for bar in _bars(cut, config.limit_cool_down) if bar[:2] not in barred)
-    if not (state.bars or limited) and state.step_scale == 1.0:
+    if not (state.bars or limited) and state.step_scale == state.lead == 1.0:
         return state
     running = tuple(bar._replace(remaining=bar.remaining - 1) for bar in state.bars if bar.remaining > 1)
     scale = min(1.0, state.step_scale * STEP_RECOVERY)
-    return replace(state, bars=_longest(running + limited), step_scale=scale)
+    lead = max(1.0, state.lead / STEP_RECOVERY) if state.lead_for == 0 and scale == 1.0 else state.lead
+    return replace(
+        state, bars=_longest(running + limited), step_scale=scale, lead=lead, lead_for=max(0, state.lead_for - 1)
+    )
 
 
 def after_rollback(
@@ -205,14 +221,21 @@ def after_rollback(
     Args:
       state: the guard's at the moment that the run went back to.
       move: [V] what the run had moved since then.
-      erased: the guard's just before it went back: what was barred or halved then still is.
+      erased: the guard's just before it went back: what was barred, halved or loosened then still is.
     """
     erased = state if erased is None else erased
     return GuardState(
         bars=_longest(state.bars + erased.bars + _bars(move, config.cool_down)),
         step_scale=max(SMALLEST_STEP_SCALE, 0.5 * min(state.step_scale, erased.step_scale)),
         rollbacks=max(state.rollbacks, erased.rollbacks) + 1,
+        lead=erased.lead,
+        lead_for=erased.lead_for,
     )
+
+
+def after_loosening(state: GuardState, lead: float, decisions: int) -> GuardState:
+    """Gives the policy a longer lead for some decisions; a lead that it has is not multiplied, nor cut."""
+    return replace(state, lead=max(state.lead, lead), lead_for=max(state.lead_for, decisions))
 
 
 def _bars(move: np.ndarray, decisions: int) -> tuple[Bar, ...]:

@@ -71,6 +71,11 @@ class Recovery:
         return self._state.fallen_back
 
     @property
+    def exhausted(self) -> bool:
+        """Whether as many rollbacks as may be have followed one another, without a new snapshot."""
+        return self._state.rollbacks >= self._config.max_rollbacks
+
+    @property
     def ready(self) -> bool:
         """Whether there is a snapshot to go back to."""
         return not self.off and not self.needs_first

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -18,21 +16,24 @@ from metalearn.audit import AuditLog
 from metalearn.controller.controller import Controller, load_controller
 from metalearn.controller.decision import Decision, Mode
 from metalearn.controller.modes import Advisor
-from metalearn.errors import InvalidArgumentError, SessionError
+from metalearn.errors import SessionError
 from metalearn.profiles import DomainProfile
+from metalearn.safety.drift import DriftConfig, DriftReport
 from metalearn.safety.guard import GuardConfig
 from metalearn.safety.rollback import Rollback, RollbackConfig
 from metalearn.signals import IntervalStatistics
+from metalearn.torch.arguments import check_optimizer, check_profile
 from metalearn.torch.averaging import AVERAGE_EVERY, WeightAverage
 from metalearn.torch.bindings import Bindings, infer_roles
+from metalearn.torch.calls import MAX_IDLE_CALLS, IdleCalls, out_of_memory
+from metalearn.torch.drift_watch import DriftWatch, no_way_back
+from metalearn.torch.metric import Metric
 from metalearn.torch.monitor import Monitor
 from metalearn.torch.recovery import Recovery
+from metalearn.torch.run_log import RunLog, measured
+from metalearn.torch.schedule_table import ScheduleTable
 
-MAX_IDLE_CALLS = 1000
-"""Calls without an optimizer step that are put down to gradient accumulation or a GradScaler finding its scale."""
-TABLE_STEPS = 256
-"""Steps whose schedule factors are computed at once."""
-_PREFERRED_METRICS = ("ndcg@10", "ndcg", "recall@10", "hit@10", "mrr", "auc")
+__all__ = ["MAX_IDLE_CALLS", "MetaScheduler"]
 
 
 class MetaScheduler:
@@ -64,6 +65,8 @@ class MetaScheduler:
       name: of this run, in the decision log.
       rollback: when a run goes back to its last good snapshot, and what that may cost; None never does, and takes no
         memory for snapshots: two hold twice what model and optimizer do.
+      drift: watches the validation metric, the training loss and the profiles given to `observe_profile`, and responds
+        by degree: asks for a profile, loosens the policy, proposes the start anew, rolls back. None does not.
       tracked: what else goes back: other schedulers (step them before this one), GradScaler, sampler or loader,
         random generators; all with `state_dict` and `load_state_dict`. The data goes on where it is if its position is
         not tracked. The first snapshot is taken at the first optimizer step.
@@ -111,22 +114,15 @@ class MetaScheduler:
         decision_log: AuditLog | str | Path | None = None,
         name: str = "",
         rollback: RollbackConfig | None = None,
+        drift: DriftConfig | None = None,
         tracked: Sequence[Any] = (),
         steering: Mode = "control",
         advisor: Advisor | None = None,
         guard: GuardConfig | None = None,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InvalidArgumentError(f"`optimizer` must be a torch optimizer, got {type(optimizer).__name__}")
-        if not isinstance(domain, DomainProfile):
-            raise InvalidArgumentError(
-                f"`domain` must be a DomainProfile, got {type(domain).__name__}; "
-                "pass metalearn.profile_domain(interactions)"
-            )
-        if mode not in ("max", "min"):
-            raise InvalidArgumentError(f"`mode` must be 'max' or 'min', got {mode!r}")
-        if getattr(optimizer, "_metalearn_attached", False):
-            raise InvalidArgumentError("`optimizer` already has a MetaScheduler; call its detach() first")
+        check_optimizer(optimizer)
+        check_profile("domain", domain)
+        self._metric = Metric(metric, mode)
         self.optimizer = optimizer
         self._bindings = Bindings(optimizer, model)
         loaded = controller if isinstance(controller, Controller) else load_controller(controller)
@@ -145,33 +141,33 @@ class MetaScheduler:
             guard=guard,
         )
         self._interval = self._session.interval
-        self._metric, self._sign = metric, 1.0 if mode == "max" else -1.0
         self._monitor = Monitor(optimizer, self._interval)
         params = [p for group in optimizer.param_groups for p in group["params"]]
         self._average = WeightAverage(params) if horizon is None and steering != "shadow" else None
-        self._log = AuditLog(decision_log, name=name) if isinstance(decision_log, str | Path) else decision_log
+        self._log = RunLog(
+            AuditLog(decision_log, name=name) if isinstance(decision_log, str | Path) else decision_log,
+            domain,
+            {
+                "controller_fingerprint": loaded.fingerprint,
+                "controller_version": version,
+                "family": family,
+                "horizon": horizon,
+                "interval": self._interval,
+                "metric": metric,
+            },
+        )
+        self._drift = None if drift is None else DriftWatch(drift, self._session, self._log)
         self._recovery = (
             None if rollback is None else Recovery(rollback, model=model, optimizer=optimizer, tracked=tracked)
         )
         self._told: dict[str, Any] | None = None
         """of the decision just made, what it was made from: session and statistics go into the snapshot to be taken"""
         self._in_average = False
-        self._unlogged: Decision | None = None
-        self._described = {
-            "controller_fingerprint": loaded.fingerprint,
-            "controller_version": version,
-            "family": family,
-            "horizon": horizon,
-            "interval": self._interval,
-            "metric": metric,
-        }
-        self._domain = domain
         self._recorded_steps = 0
-        self._idle_calls, self._idle_since = 0, -1
+        self._idle_calls = IdleCalls()
         self._host_seconds = 0.0
         self._validation = math.nan
-        self._table: list[float] = []
-        self._table_start = -1
+        self._table = ScheduleTable(self._session.multipliers)
         self.should_validate = False
         """Whether an interval has just ended: evaluate and `report` now, or it decides at the next step without one."""
         self.rolled_back = False
@@ -208,6 +204,16 @@ class MetaScheduler:
         return () if self._recovery is None else tuple(self._recovery.records)
 
     @property
+    def drift(self) -> DriftReport | None:
+        """The last change that was noticed, a report of degree "none" before the first; None if nothing is watched."""
+        return None if self._drift is None else self._drift.last
+
+    @property
+    def awaits_profile(self) -> bool:
+        """Whether a response to drift waits for `observe_profile`."""
+        return self._drift is not None and self._drift.awaiting is not None
+
+    @property
     def masked(self) -> Mapping[str, str]:
         """Controlled hyperparameters that cannot be changed on this optimizer or model, and why."""
         return dict(self._bindings.masked)
@@ -240,7 +246,7 @@ class MetaScheduler:
         monitor, steps = self._monitor, self._bindings.steps
         self.rolled_back = False
         if steps == self._recorded_steps:
-            self._count_idle_call(steps)
+            self._idle_calls.count(steps)
             return
         if self.should_validate:
             self._decide()
@@ -268,12 +274,39 @@ class MetaScheduler:
         Raises:
           InvalidArgumentError: the mapping is empty, or it is unclear which entry is the metric.
         """
-        self._validation = self._sign * self._pick(metrics)
+        self._validation = self._metric.read(metrics)
         self.rolled_back = False
         if self.should_validate and not self._in_average:
             self._decide()
             if self._told is not None:
                 self._save(**self._told)
+        return self.decision
+
+    def observe_profile(self, window: DomainProfile, *, domain: DomainProfile | None = None) -> Decision:
+        """Takes in the profile of the next window of incoming interactions: whether the data drifts, it shows.
+
+        Windows are compared with those before them, and some twenty are needed for that: cut them alike, a day each for
+        instance. A response that waits for a profile (`awaits_profile`) is made now.
+
+        Args:
+          window: from `metalearn.profile_domain`.
+          domain: profile of all that the run trains on from now on, as the argument `domain` of the class was; by
+            default that is the window.
+
+        Returns:
+          The decision now in force.
+
+        Raises:
+          SessionError: this MetaScheduler does not watch for drift.
+          InvalidArgumentError: what is given is no profile.
+        """
+        if self._drift is None:
+            raise SessionError("this MetaScheduler does not watch for drift; make it with drift=DriftConfig()")
+        began = perf_counter()
+        response = self._drift.observe_profile(window, window if domain is None else domain, step=self._bindings.steps)
+        if response is not None:
+            self._accept(response)
+        self._host_seconds += perf_counter() - began
         return self.decision
 
     @contextmanager
@@ -292,7 +325,7 @@ class MetaScheduler:
         finally:
             self._in_average = False
         if self.should_validate and not math.isnan(self._validation):
-            self.report(self._sign * self._validation)
+            self.report(self._metric.told(self._validation))
 
     @contextmanager
     def survive_out_of_memory(self) -> Iterator[None]:
@@ -312,20 +345,12 @@ class MetaScheduler:
           ...             scheduler.report(validate())
         """
         self.rolled_back = False
-        try:
+        with out_of_memory(self.optimizer, can_roll_back=self._can_roll_back, roll_back=self._roll_back):
             yield
-        except torch.OutOfMemoryError as error:
-            recovery = self._recovery
-            if recovery is None or recovery.fallen_back or not recovery.ready:
-                raise
-            reason = f"out of memory: {error}"
-            traceback.clear_frames(error.__traceback__)  # they hold the batch's activations
-        else:
-            return
-        self.optimizer.zero_grad(set_to_none=True)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-        self._roll_back(reason)
+
+    def _can_roll_back(self) -> bool:
+        recovery = self._recovery
+        return recovery is not None and recovery.ready and not recovery.exhausted
 
     def switch(self, steering: Mode, *, advisor: Advisor | None = None) -> Decision:
         """Changes what becomes of decisions; see `steering` of the class.
@@ -359,6 +384,7 @@ class MetaScheduler:
         return {
             **self._position(self._session.state_dict()),
             "recovery": None if self._recovery is None else self._recovery.state_dict(),
+            "drift": None if self._drift is None else self._drift.state_dict(),
             "decisions": [decision.as_dict() for decision in self.decisions],
         }
 
@@ -372,7 +398,9 @@ class MetaScheduler:
         self.decisions = [Decision.from_dict(decision) for decision in state["decisions"]]
         if self._recovery is not None and state["recovery"] is not None:
             self._recovery.load_state_dict(state["recovery"])
-        self._unlogged = self.decisions[0] if self._bindings.steps == 0 else None
+        if self._drift is not None and state.get("drift") is not None:
+            self._drift.load_state_dict(state["drift"])
+        self._log.first = self.decisions[0] if self._bindings.steps == 0 else None
 
     def _position(self, session: Mapping[str, Any]) -> dict[str, Any]:
         """Returns where the run is, with a given state of the session."""
@@ -383,6 +411,7 @@ class MetaScheduler:
             "average": None if self._average is None else self._average.state_dict(),
             "recorded_steps": self._recorded_steps,
             "validation": self._validation,
+            "curves": None if self._drift is None else self._drift.curves(),
         }
 
     def _go_to(self, position: Mapping[str, Any]) -> None:
@@ -395,6 +424,8 @@ class MetaScheduler:
         self._recorded_steps = int(position["recorded_steps"])
         self.should_validate = self._monitor.steps >= self._interval
         self._validation = float(position["validation"])
+        if self._drift is not None and position.get("curves") is not None:
+            self._drift.rewind(position["curves"])
         self._told = None
         self._bindings.take(self.decision.groups)
         self._set_dropout(self.decision)
@@ -418,8 +449,7 @@ class MetaScheduler:
         self._go_to(saved)  # before the optimizer: this puts back what a step that raised has left in its groups
         record = recovery.restore(step, reason)
         self.rolled_back = True
-        if self._log is not None:
-            self._log.append("rollback", asdict(record))
+        self._log.rollback(record)
         if record.fallback:
             self._session.fall_back(reason)
         else:
@@ -431,10 +461,7 @@ class MetaScheduler:
 
     def _before_steps(self) -> list[float]:
         """Probes if the coming step is to be probed; returns the schedule's factors up to the next step that is."""
-        if self._unlogged is not None and self._log is not None:
-            self._log.record_profile(self._domain)
-            self._log.record_decision(self._unlogged, **self._described)
-            self._unlogged = None
+        self._log.begin()
         if self._recovery is not None and self._recovery.needs_first and self._session.mode != "shadow":
             self._save(self._session.state_dict(), None)
         step = self._bindings.steps
@@ -442,24 +469,11 @@ class MetaScheduler:
         if remaining <= 2:
             # An interval that awaits its report ends at this step at the latest; this step then opens the next one.
             self._monitor.before_step(remaining if remaining > 0 else self._interval)
-        row = step % TABLE_STEPS  # the same tables whenever a run was resumed: NumPy may round by place in the array
-        if self._table_start != step - row:
-            self._table_start = step - row
-            self._table = self._session.multipliers(self._table_start, TABLE_STEPS)
-        return self._table[row : row + max(remaining - 2, 1)]
+        return self._table.from_step(step, max(remaining - 2, 1))
 
     def _update_average(self) -> None:
         if self._average is not None and self._bindings.steps % AVERAGE_EVERY == 0:
             self._average.update()
-
-    def _count_idle_call(self, steps: int) -> None:
-        self._idle_calls = self._idle_calls + 1 if self._idle_since == steps else 1
-        self._idle_since = steps
-        if self._idle_calls >= MAX_IDLE_CALLS:
-            raise SessionError(
-                f"scheduler.step() was called {MAX_IDLE_CALLS} times without an optimizer.step() in between; call it "
-                "once after each step of the optimizer that this MetaScheduler was made for"
-            )
 
     def _decide(self) -> None:
         began = perf_counter()
@@ -472,51 +486,34 @@ class MetaScheduler:
         found = () if recovery is None else recovery.judge(statistics)
         if found:
             self._roll_back("; ".join(found))
-        else:
+        elif not self._goes_back(statistics):
             if recovery is not None:
                 recovery.start_interval()
-                if recovery.due:
+                if recovery.due and not (self._drift is not None and self._drift.outlying):
                     with recovery.timed():
                         self._told = {"session": self._session.state_dict(), "statistics": list(statistics)}
-            self._accept(self._session.tell(statistics), **_measured(statistics))
+            self._accept(self._session.tell(statistics), **measured(statistics))
         self._host_seconds += perf_counter() - began
+
+    def _goes_back(self, statistics: IntervalStatistics) -> bool:
+        """Responds to drift, if there is any; returns whether that was a rollback."""
+        if self._drift is None:
+            return False
+        barrier = no_way_back(self._recovery, self._session)
+        response = self._drift.end_interval(statistics, step=self._bindings.steps, no_way_back=barrier)
+        if response is None:
+            return False
+        self._accept(response)
+        if response.response == "roll_back":
+            self._roll_back(response.reasons[0])
+        return self.rolled_back
 
     def _accept(self, decision: Decision, **context: Any) -> None:
         self.decisions.append(decision)
         self._bindings.take(decision.groups)
         self._set_dropout(decision)
-        if self._log is None:
-            return
-        if len(self.decisions) == 1:
-            self._unlogged = decision  # until the first step: a state may yet be loaded, of a run that has logged it
-        else:
-            self._log.record_decision(decision, **context)
+        self._log.decision(decision, context, first=len(self.decisions) == 1)
 
     def _set_dropout(self, decision: Decision) -> None:
         if "dropout" in decision.run:
             self._bindings.set_dropout(decision.run["dropout"])
-
-    def _pick(self, metrics: float | Mapping[str, float]) -> float:
-        if not isinstance(metrics, Mapping):
-            return float(metrics)
-        names: Sequence[str] = (
-            [self._metric] if self._metric else [n for n in _PREFERRED_METRICS if n in metrics] or list(metrics)
-        )
-        if not metrics:
-            raise InvalidArgumentError("`metrics` is empty; report at least one number")
-        if names[0] not in metrics or (len(names) > 1 and names[0] not in _PREFERRED_METRICS):
-            raise InvalidArgumentError(
-                f"cannot tell which of {list(metrics)} to follow; pass `metric` to MetaScheduler, one of these names"
-            )
-        return float(metrics[names[0]])
-
-
-def _measured(statistics: IntervalStatistics) -> dict[str, float]:
-    """Returns what of an interval a decision is logged with."""
-    steps, seconds = float(statistics.steps), float(statistics.seconds)
-    return {
-        "validation": float(statistics.validation),
-        "loss": float(statistics.loss_sum) / steps,
-        "seconds": seconds,
-        "samples_per_second": float(statistics.samples) / seconds if seconds > 0 else math.nan,
-    }

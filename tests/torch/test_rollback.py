@@ -289,6 +289,20 @@ def test_running_out_of_memory_is_survived_a_few_times(domain: Domain, controlle
         raise ZeroDivisionError
 
 
+def test_running_out_of_memory_after_the_fallback_is_survived_too(domain: Domain, controller: Controller):
+    loop = Loop(domain, controller, horizon=HORIZON, rollback=RollbackConfig(every=1, max_rollbacks=1))
+    loop.advance(2 * INTERVAL + 2)
+    with loop.scheduler.survive_out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert loop.scheduler.rollbacks[-1].fallback
+    with pytest.raises(torch.OutOfMemoryError), loop.scheduler.survive_out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")  # without a good interval in between
+    loop.advance(3 * INTERVAL)
+    with loop.scheduler.survive_out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert loop.scheduler.rolled_back and len(loop.scheduler.rollbacks) == 2
+
+
 def test_a_report_inside_averaged_parameters_saves_the_weights_themselves(domain: Domain, controller: Controller):
     outcomes = []
     for inside in (False, True):

@@ -148,10 +148,12 @@ def test_metrics_come_as_numbers_or_mappings(domain: Domain, controller: Control
         ({}, {}, "`metrics` is empty"),
         ({"a": 1.0, "b": 2.0}, {}, r"cannot tell which of \['a', 'b'\] to follow; pass `metric`"),
         ({"a": 1.0}, {"metric": "b"}, r"cannot tell which of \['a'\]"),
+        ("n/a", {}, "`metrics` must hold numbers, got 'n/a'; report math.nan"),
+        ({"ndcg@10": None}, {}, "`metrics` must hold numbers, got None"),
     ],
 )
 def test_ambiguous_metrics_are_refused(
-    domain: Domain, controller: Controller, metrics: dict[str, float], options: dict[str, Any], message: str
+    domain: Domain, controller: Controller, metrics: Any, options: dict[str, Any], message: str
 ):
     run = start(domain, controller=controller, **options)
     assert run.scheduler is not None

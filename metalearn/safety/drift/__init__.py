@@ -21,12 +21,15 @@ from metalearn.safety.drift.profile_watch import (
     watch_profile,
 )
 from metalearn.safety.drift.report import DriftReport, Response
+from metalearn.safety.drift.response import RESPONSES, Chosen, Loosening, choose_response
 from metalearn.safety.drift.seasons import find_period, seasonal_profile
 from metalearn.safety.drift.thresholds import cusum_run_length, cusum_threshold
 from metalearn.safety.drift.windows import Discrepancy, Stability, mean_discrepancy, population_stability
 
 __all__ = [
+    "RESPONSES",
     "Change",
+    "Chosen",
     "Degree",
     "DetectorConfig",
     "DetectorState",
@@ -38,12 +41,14 @@ __all__ = [
     "DriftReport",
     "Kind",
     "Look",
+    "Loosening",
     "ProfileVerdict",
     "ProfileWatchConfig",
     "ProfileWatchState",
     "Response",
     "Stability",
     "benjamini_hochberg",
+    "choose_response",
     "cusum_run_length",
     "cusum_threshold",
     "find_period",

@@ -24,11 +24,14 @@ from metalearn.safety.drift.profile_watch import (
     watch_profile,
 )
 from metalearn.safety.drift.report import DriftReport, worst
+from metalearn.safety.drift.response import Loosening
 
 KEPT_SAMPLES = 2000
 """Rows of a reference window that are kept; the first look chooses them by the seed."""
 MOVED_MUCH = 0.25
 """Population stability index from which samples have moved severely (Siddiqi, "Credit risk scorecards", 2006)."""
+OUTLYING = 3.0
+"""Standard deviations by which a value must lie to the worse to be outlying."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,14 @@ class DriftConfig:
         streams depend on each other (Bonferroni).
       detector: of streams; direction and rate are set by the monitor.
       profiles: of profiles; the rate is set by the monitor.
+      loosening: the lead that a policy gets where that is the response.
       seed: of permutations and of the reference's sample.
     """
 
     false_alarms_per_1000: float = 1.0
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     profiles: ProfileWatchConfig = field(default_factory=ProfileWatchConfig)
+    loosening: Loosening = field(default_factory=Loosening)
     seed: int = 0
 
 
@@ -96,6 +101,8 @@ class DriftMonitor:
         self._streams = {name: detector.init(config) for name, config in self._detectors.items()}
         self._profiles = {name: ProfileWatchState() for name in profiled}
         self._samples: dict[str, tuple[int, np.ndarray | None]] = {name: (0, None) for name in sampled}
+        self.outlying: frozenset[str] = frozenset()
+        """Streams whose last value lay far to the worse: no alarm yet, but no state to call good and go back to."""
 
     def observe(self, values: Mapping[str, float]) -> DriftReport:
         """Take the next value of some streams; return the worst that they say.
@@ -109,8 +116,12 @@ class DriftMonitor:
         reports = []
         for name, value in values.items():
             _known(name, self._streams, "stream")
-            config = self._detectors[name]
-            self._streams[name], verdict = detector.update(self._streams[name], float(value), config)
+            config, before = self._detectors[name], self._streams[name]
+            self._streams[name], verdict = detector.update(before, float(value), config)
+            lies_out = (
+                _rise(before, self._streams[name], config.harmful) >= min(OUTLYING, config.clip) - config.reference
+            )
+            self.outlying = self.outlying | {name} if lies_out else self.outlying - {name}
             reports.append(_of_stream(name, verdict, config.harmful))
         return worst(reports)
 
@@ -212,6 +223,12 @@ class DriftMonitor:
 def _known(name: str, watched: Mapping[str, Any], what: str) -> None:
     if name not in watched:
         raise InvalidArgumentError(f"{name!r} is not a {what} of this monitor, which watches {sorted(watched)}")
+
+
+def _rise(before: DetectorState, after: DetectorState, harmful: Harmful) -> float:
+    """Returns by how much the harmful side's CUSUM rose: the last value's distance, less the reference."""
+    rises = {"up": after.up - before.up, "down": after.down - before.down}
+    return max(rises.values()) if harmful == "both" else rises[harmful]
 
 
 def _plain(state: DetectorState) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a drift monitor says, and what it would have done about it."""
+"""What a drift monitor says, and what that asks for."""
 
 from __future__ import annotations
 
