@@ -2,9 +2,10 @@
 
     python scripts/integration_matrix.py           # tests of every framework that is installed, minutes on a free core
     python scripts/integration_matrix.py --quick   # the plain loop only; writes nothing
+    python scripts/integration_matrix.py --frameworks RecBole
 
-A cell says what happened: passed, failed, or why it was skipped. The column of a framework that is not installed stays
-as it was recorded: a matrix may be put together in several environments.
+A cell says what happened: passed, failed, or why it was skipped. The column of a framework that did not run stays as
+it was recorded: a matrix may be put together in several environments.
 
 The last line is JSON: how many cells passed, failed and were skipped, and versions.
 """
@@ -136,14 +137,16 @@ def write_block(name: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the plain loop only; write nothing")
+    names = [framework.title for framework in FRAMEWORKS]
+    parser.add_argument("--frameworks", nargs="+", choices=names, default=names, help="all that are installed")
     arguments = parser.parse_args()
 
     from tests.integrations.contract import CHECKS
 
     titles = {check.__name__: (check.__doc__ or "").strip() for check in CHECKS}
-    present = [framework for framework in FRAMEWORKS if installed(framework.package)]
+    present = [found for found in FRAMEWORKS if found.title in arguments.frameworks and installed(found.package)]
     if arguments.quick:
-        present = present[:1]
+        present = [FRAMEWORKS[0]]
     outcomes = run_tests(present)
     columns = {framework.title: column(framework, outcomes, list(titles)) for framework in present}
     cells = [outcome for found in columns.values() for outcome in found["checks"].values()]
