@@ -1,0 +1,104 @@
+"""What the arms of many episodes lost, by incident."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from envs.sandbox.incidents import CATALOGUE
+from envs.sandbox.judgement import bound, false_positive_rate
+
+RATE = 0.001
+"""Rate of false positives of the verdict: of a thousand runs of the fallback itself one would be called worse."""
+FURTHER_RATES = (0.01, 0.05)
+"""At which runs are judged as well, to show what the verdict's wide bound may hide."""
+ARMS = ("guarded", "unguarded")
+
+Record = Mapping[str, Any]
+"""An episode as stored: incident, variant, cell, the fallback's group, and an outcome for each arm."""
+
+
+def summarize(records: Sequence[Record], fallbacks: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Counts, over all and by incident, what each arm lost.
+
+    Args:
+      records: of episodes.
+      fallbacks: group to the final metrics of the fallback's seeds.
+    """
+    names = [name for name in CATALOGUE if any(record["incident"] == name for record in records)]
+    rows = {name: _row([r for r in records if r["incident"] == name], fallbacks) for name in names}
+    groups = [metrics for metrics in fallbacks.values() if len(metrics) > 3]
+    rates = (RATE, *FURTHER_RATES)
+    deviations = [float(np.std(group, ddof=1) / np.mean(group)) for group in groups]
+    return {
+        "all": _row(records, fallbacks),
+        "incidents": rows,
+        "rule": {
+            "rate": RATE,
+            "fallback_groups": len(groups),
+            "fallback_runs": sum(map(len, groups)),
+            "relative_deviation_of_seeds": float(np.median(deviations)) if deviations else None,
+            "false_positive_rate": {f"{rate:g}": false_positive_rate(groups, rate=rate) for rate in rates},
+        },
+    }
+
+
+def _row(records: Sequence[Record], fallbacks: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    row: dict[str, Any] = {"episodes": len(records)}
+    for arm in ARMS:
+        ended = [(r[arm], fallbacks[r["fallback"]]) for r in records if r[arm]["metric"] is not None]
+        ratios = [outcome["metric"] / float(np.mean(metrics)) for outcome, metrics in ended]
+        cells: dict[str, Any] = {
+            f"worse_at_{rate:g}": sum(o["metric"] < bound(metrics, rate=rate).low for o, metrics in ended)
+            for rate in (RATE, *FURTHER_RATES)
+        }
+        cells["worse_than_fallback"] = cells.pop(f"worse_at_{RATE:g}")
+        cells |= {
+            "ended": len(ended),
+            "nonfinite": sum(not r[arm]["finite"] for r in records),
+            "lost": sum(r[arm]["lost"] for r in records),
+            "raised": sum(r[arm]["error"] is not None for r in records),
+            "rolled_back": sum(r[arm]["rollbacks"] > 0 for r in records),
+            "fallen_back": sum(r[arm]["fallen_back"] for r in records),
+            "mean_ratio": float(np.mean(ratios)) if ratios else None,
+            "least_ratio": float(np.min(ratios)) if ratios else None,
+        }
+        row |= {name if arm == "guarded" else f"unguarded_{name}": value for name, value in cells.items()}
+    return row
+
+
+def table(summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    """Returns the report in Markdown."""
+    rule = summary["rule"]
+    measured = ", ".join(f"{share:.4f} at {rate}" for rate, share in rule["false_positive_rate"].items())
+    deviation = rule["relative_deviation_of_seeds"] or 0.0
+    rows = [*summary["incidents"].items(), ("**all**", summary["all"])]
+    lines = [
+        "# Sandbox",
+        "",
+        *(f"- {name}: {value}" for name, value in provenance.items()),
+        f"- fallback: {rule['fallback_runs']} runs in {rule['fallback_groups']} groups; deviation over seeds "
+        f"{100 * deviation:.1f} % of the metric in the middle group",
+        f"- share of fallback runs that the rule calls worse, each judged by the other seeds: {measured}",
+        "",
+        "Each cell: guarded / unguarded. Worse: of the runs that ended, those whose test metric lies below the bound "
+        f"under which one in {1 / rule['rate']:.0f} runs of the fallback would lie; at 5 %: one in 20. Ratio: mean of "
+        "the metric over the fallback's mean, and the least.",
+        "",
+        "| incident | episodes | worse | worse at 5 % | non-finite | lost | rolled back | fallen back | mean ratio "
+        "| least ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    columns = ("worse_than_fallback", "worse_at_0.05", "nonfinite", "lost", "rolled_back", "fallen_back")
+    for name, row in rows:
+        pairs = [f"{row[column]} / {row[f'unguarded_{column}']}" for column in columns]
+        pairs += [
+            " / ".join("-" if value is None else f"{value:.3f}" for value in (row[column], row[f"unguarded_{column}"]))
+            for column in ("mean_ratio", "least_ratio")
+        ]
+        lines.append(f"| {name} | {row['episodes']} | " + " | ".join(pairs) + " |")
+    lines += ["", "What the incidents are:", ""]
+    lines += [f"- {name}: {CATALOGUE[name].what}" for name in summary["incidents"]]
+    return "\n".join(lines) + "\n"
