@@ -36,11 +36,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 import numpy as np
-from experiment import FULL, QUICK, Size, build_pools
 from scipy import stats
 
 from envs.events import EventConfig
 from envs.tasks import NO_EVENTS, TaskPool
+from experiment import FULL, QUICK, Size, build_pools
 from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS, PROFILE_DESCRIPTORS, Normalizer
 from metalearn.errors import MetalearnError

@@ -39,10 +39,10 @@ os.environ.setdefault(
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from experiment import FULL, QUICK, Size, build_pools
 from scipy import stats
 
 from envs.tasks import TaskPool
+from experiment import FULL, QUICK, Size, build_pools
 from metalearn.controller.config import ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
 from metalearn.errors import MetalearnError

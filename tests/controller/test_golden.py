@@ -45,8 +45,9 @@ def test_format_1_has_one_base_for_every_model():
             np.testing.assert_array_equal(checkpoint.network[name.removeprefix("network/")], tensor)
 
 
-def test_format_1_decides_what_it_decided():
-    decided, recorded = decide(load_controller(FORMAT_1)), recorded_decisions(1)
+@pytest.mark.parametrize("version", [1, 2])
+def test_it_decides_what_it_decided(version: int):
+    decided, recorded = decide(load_controller(golden_checkpoint(version))), recorded_decisions(version)
     assert decided.keys() == recorded.keys()
     for name, decisions in recorded.items():
         assert len(decided[name]) == len(decisions) == 1 + NUM_INTERVALS

@@ -1,48 +1,49 @@
-"""The checkpoint that ships: its policy is the golden one's, its bases are those of the file beside it."""
+"""The checkpoint that ships: what it was trained on starts by the domain, what it was not keeps to its base."""
 
 from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
-from metalearn.controller import CONTROLLED, load_checkpoint, load_controller
-from tests.golden_decisions import ROOT, golden_checkpoint
+from metalearn.controller import CONTROLLED, load_controller
+from tests.golden_decisions import ROOT
 from tests.intervals import make_interval, make_profile
+from tests.recorded_run import load_recorded_run
 
-CONTENT = json.loads((ROOT / "checkpoints" / "default" / "bases.json").read_text())
-BASES = CONTENT["bases"]
-
-
-def test_in_run_policy_is_the_one_that_was_meta_trained():
-    shipped, trained = load_controller().checkpoint, load_checkpoint(golden_checkpoint(1))
-    for name, tensor in trained.network.items():
-        if not name.startswith(("modifier/", "family")):
-            np.testing.assert_array_equal(shipped.network[name], tensor, err_msg=name)
-    assert not shipped.network["family"].any()
+BASES = json.loads((ROOT / "checkpoints" / "default" / "bases.json").read_text())["bases"]
+"""Of families at rest: those that were given to meta-training."""
+HORIZONS = {"known": 1000, "unknown": None}
 
 
-@pytest.mark.parametrize("horizon", ["known", "unknown"])
+def test_families_at_rest_are_those_of_the_file():
+    config = load_controller().config
+    assert set(config.at_rest) == set(BASES)
+    assert {"matrix_factorization", "two_tower"} == set(config.families) - set(config.at_rest)
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
 @pytest.mark.parametrize("family", BASES)
-def test_a_run_starts_at_its_familys_base(family: str, horizon: str):
-    controller = load_controller()
-    session = controller.start(
-        make_profile(),
-        family=None if family == "other" else family,
-        horizon=1000 if horizon == "known" else None,
-        batch_size=64,
-    )
-    decision = session.ask()
-    values = {**decision.groups[0], **decision.run}
-    assert {name: values[name] for name in CONTROLLED} == pytest.approx(BASES[family][horizon], rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("family", CONTENT["at_rest"])
-def test_a_family_at_rest_keeps_to_its_base(family: str):
-    session = load_controller().start(make_profile(), family=family, horizon=1000, batch_size=64)
+def test_a_family_at_rest_keeps_to_its_base(family: str, horizon: str):
+    session = load_controller().start(make_profile(), family=family, horizon=HORIZONS[horizon], batch_size=64)
     start = session.ask()
+    values = {**start.groups[0], **start.run}
+    assert {name: values[name] for name in CONTROLLED} == pytest.approx(BASES[family][horizon], rel=1e-4, abs=1e-6)
+    assert family in start.reasons[0]
     decisions = [session.tell(make_interval(1)) for _ in range(5)]
     assert {decision.status for decision in (start, *decisions)} == {"fallback"}
     assert all((decision.groups, decision.run) == (start.groups, start.run) for decision in decisions)
-    assert family in start.reasons[0]
+
+
+@pytest.mark.parametrize("horizon", HORIZONS)
+@pytest.mark.parametrize("family", ["matrix_factorization", "two_tower", None])
+def test_other_runs_start_by_the_domain(family: str | None, horizon: str):
+    controller = load_controller()
+    config, told = controller.config, int(horizon == "known")
+    session = controller.start(load_recorded_run().profile, family=family, horizon=HORIZONS[horizon], batch_size=64)
+    start = session.ask()
+    assert start.status == "applied" and start.confidence > 0.2
+    base = controller.checkpoint.base[config.family_index(family), told]
+    values = {**start.groups[0], **start.run}
+    shift = [config.space[name].encode(values[name]) - base[index] for index, name in enumerate(CONTROLLED)]
+    assert max(map(abs, shift)) > 0.01
