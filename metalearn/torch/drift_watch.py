@@ -162,6 +162,6 @@ def no_way_back(recovery: Recovery | None, session: Session) -> str | None:
         return "the run has fallen back to the base schedule"
     if not recovery.ready:
         return "there is no snapshot"
-    if recovery.state_dict()["rules"]["rollbacks"]:
+    if recovery.gone_back:
         return "going back to the last snapshot has not helped"
     return None

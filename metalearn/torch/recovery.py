@@ -71,6 +71,11 @@ class Recovery:
         return self._state.fallen_back
 
     @property
+    def gone_back(self) -> bool:
+        """Whether the last snapshot has been gone back to before."""
+        return self._state.rollbacks > 0
+
+    @property
     def exhausted(self) -> bool:
         """Whether as many rollbacks as may be have followed one another, without a new snapshot."""
         return self._state.rollbacks >= self._config.max_rollbacks
