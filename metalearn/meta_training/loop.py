@@ -37,6 +37,8 @@ from metalearn.meta_training.runner import (
 )
 
 Log = Callable[[dict[str, Any]], None]
+KNOWN = 0.75
+"""Weight of runs that know their horizon in what validation says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -415,12 +417,30 @@ def _gates(params: PolicyParams) -> dict[str, float]:
     return {f"gate/{name}": float(value) for name, value in zip(CONTROLLED, gate, strict=True)}
 
 
+def with_harmed_at_rest(controller: ControllerConfig, validation: dict[str, float]) -> ControllerConfig:
+    """Puts at rest the families that did worse than their base on validation domains.
+
+    Args:
+      controller: architecture.
+      validation: mean gains over the base, by whether the horizon was known, family and size of the pool.
+    """
+
+    def gain(family: str, horizon: str) -> float:
+        of_pools = [
+            gain for name, gain in validation.items() if name.startswith(f"validation/gain/{horizon}/{family}/")
+        ]
+        return float(np.mean(of_pools)) if of_pools else np.inf
+
+    harmed = [f for f in controller.families if KNOWN * gain(f, "known") + (1 - KNOWN) * gain(f, "unknown") < 0.0]
+    return replace(controller, at_rest=tuple(dict.fromkeys((*controller.at_rest, *harmed))))
+
+
 def _released(
     state: MetaTrainState, config: MetaTrainConfig, controller: ControllerConfig, provenance: dict[str, Any]
 ) -> Checkpoint:
     """Makes a checkpoint of the iteration that validated best."""
     return Checkpoint(
-        config=controller,
+        config=with_harmed_at_rest(controller, state.best_log),
         network=flatten(jax.tree.map(np.asarray, state.best.network)),
         base=np.asarray(state.prior.base),
         normalizer=jax.tree.map(np.asarray, state.prior.normalizer),
@@ -447,7 +467,7 @@ def _validate(
         record[f"validation/won/{label}"] = float((gain > 0).mean())
         for pool in sorted(set(names)):
             record[f"validation/gain/{label}/{pool}"] = float(gain[np.array(names) == pool].mean())
-    overall = 0.75 * record["validation/gain/known"] + 0.25 * record["validation/gain/unknown"]
+    overall = KNOWN * record["validation/gain/known"] + (1 - KNOWN) * record["validation/gain/unknown"]
     log(
         {
             "phase": "validate",

@@ -65,8 +65,9 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
             rows.append("| " + " | ".join((family, horizon, *cells)) + " |")
     calibration = provenance["outcome"]["calibration"]
     at_rest = f"""
-The policy was not trained on {", ".join(config.at_rest)}: for these it is at rest. Their bases were given to
-meta-training (`--bases`), chosen by runs on whole validation domains (`scripts/choose_base.py`).
+The policy is at rest for {", ".join(config.at_rest)}: for those of them that it was trained on (above) it did worse
+than the base on validation domains. The others' bases were given to meta-training (`--bases`), chosen by runs on whole
+validation domains (`scripts/choose_base.py`).
 """
     path.write_text(
         _TEMPLATE.format(

@@ -15,9 +15,17 @@ import pytest
 
 from envs.tasks import TaskPool
 from metalearn.controller import CONTROLLED, Checkpoint, Controller, ControllerConfig, load_controller, save_checkpoint
+from metalearn.controller.observation import DESCRIPTORS
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.meta_training import ppo
-from metalearn.meta_training.loop import MetaTrainConfig, evaluate, iteration_chunks, meta_train, validation_chunks
+from metalearn.meta_training.loop import (
+    MetaTrainConfig,
+    evaluate,
+    iteration_chunks,
+    meta_train,
+    validation_chunks,
+    with_harmed_at_rest,
+)
 from metalearn.meta_training.model_card import write_model_card
 from metalearn.meta_training.outcome import OutcomeFitConfig
 from metalearn.meta_training.rollout import PolicyParams, Prior
@@ -278,3 +286,12 @@ def assert_controls(controller: Controller) -> None:
     session = controller.start(make_profile(), roles=("embedding", "embedding"), horizon=100, batch_size=32)
     decisions = [session.ask(), *(session.tell(make_interval()) for _ in range(4))]
     assert all(np.isfinite(value) for d in decisions for group in d.groups for value in group.values())
+
+
+def test_a_family_that_validation_speaks_against_is_released_at_rest():
+    controller = ControllerConfig(descriptors=DESCRIPTORS, families=("good", "harmed", "given"), at_rest=("given",))
+    gains = {"known/good/64": -0.1, "known/good/512": 0.2, "unknown/good/64": 0.0, "unknown/good/512": 0.0}
+    gains |= {"known/harmed/64": -0.02, "unknown/harmed/64": 0.05, "known": 1.0, "unknown": 1.0}
+    validation = {f"validation/gain/{name}": gain for name, gain in gains.items()}
+    assert with_harmed_at_rest(controller, validation).at_rest == ("given", "harmed")
+    assert with_harmed_at_rest(controller, {}).at_rest == ("given",)
