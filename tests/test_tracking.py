@@ -160,4 +160,4 @@ def test_histograms_are_of_equal_bins(runs: list[FakeRun], tmp_path: Path):
     with Tracker("project", config={}, directory=tmp_path) as tracker:
         tracker.histograms({"steps": [1, 0, 2, 3]}, low=-1.0, high=1.0)
     kind, counts, edges = runs[0].logged[0][0]["steps"]
-    assert (kind, counts, edges.tolist()) == ("histogram", [1, 0, 2, 3], [-1.0, -0.5, 0.0, 0.5, 1.0])
+    assert (kind, counts.tolist(), edges.tolist()) == ("histogram", [1, 0, 2, 3], [-1.0, -0.5, 0.0, 0.5, 1.0])

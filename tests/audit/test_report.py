@@ -181,7 +181,7 @@ def test_a_real_run_is_told_whole(real: Path, tmp_path: Path):
     assert path == tmp_path / "deep" / "run.html"
     page, records = Page(path), list(read_records(real))
     assert page.told("h1") == ["Run movies-0"]
-    assert page.told("h2") == ["Curves", "Hyperparameters", "Drift", "Resources", "Decisions"]
+    assert page.told("h2") == ["Curves", "Hyperparameters", "Expected improvement", "Drift", "Resources", "Decisions"]
     assert f"{len(records)} records; head {records[-1].sequence} {records[-1].hash}" in page.text
     assert str(real.parent) not in page.source
     decisions = [record for record in records if record.kind == "decision"]
