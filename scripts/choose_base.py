@@ -72,8 +72,11 @@ def find_candidates(folder: Path, family: str, count: int, seed: int) -> list[di
 
 def read_candidates(path: Path | None, family: str) -> list[dict[str, float]]:
     """Returns the configurations of a family that an output of this script has runs of, each once."""
-    rows = json.loads(path.read_text())["runs"] if path else []
-    known = [row["configuration"] for row in rows if row["family"] == family]
+    try:
+        rows = json.loads(path.read_text())["runs"] if path else []
+        known = [row["configuration"] for row in rows if row["family"] == family]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(f"`--also` must be an output of this script, got {path} ({error!r})") from error
     return [one for index, one in enumerate(known) if one not in known[:index]]
 
 

@@ -36,6 +36,7 @@ from envs.vectorized import HUGE, LARGE, MIDDLE, SMALL, WHOLE, Bucket
 from metalearn.controller.checkpoint import save_checkpoint
 from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
+from metalearn.errors import InvalidArgumentError, MetalearnError
 from metalearn.interactions import Interactions
 from metalearn.meta_training.es import ESConfig
 from metalearn.meta_training.loop import MetaTrainConfig, meta_train
@@ -195,15 +196,24 @@ def read_domains(arguments: argparse.Namespace) -> dict[str, dict[str, Interacti
 
 
 def read_bases(path: Path | None, trained: Sequence[str]) -> tuple[tuple[str, bool, tuple[float, ...]], ...]:
-    """Reads bases, family to "known" and "unknown" to values by hyperparameter, but of the families to be trained."""
+    """Reads bases, family to "known" and "unknown" to values by hyperparameter, but of the families to be trained.
+
+    Raises:
+      InvalidArgumentError: the file is none of scripts/choose_base.py.
+    """
     if path is None:
         return ()
-    return tuple(
-        (family, horizon == "known", tuple(float(values[name]) for name in CONTROLLED))
-        for family, horizons in json.loads(path.read_text())["bases"].items()
-        if family not in (*trained, "other")
-        for horizon, values in sorted(horizons.items())
-    )
+    try:
+        return tuple(
+            (family, horizon == "known", tuple(float(values[name]) for name in CONTROLLED))
+            for family, horizons in json.loads(path.read_text())["bases"].items()
+            if family not in (*trained, "other")
+            for horizon, values in sorted(horizons.items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidArgumentError(
+            f"`--bases` must be a file that scripts/choose_base.py has written, got {path} ({error!r})"
+        ) from error
 
 
 def build_pools(arguments: argparse.Namespace, real: dict[str, dict[str, Interactions]]) -> list[list[TaskPool]]:
@@ -292,4 +302,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MetalearnError as error:
+        raise SystemExit(f"error: {error}") from error
