@@ -94,6 +94,8 @@ class MetaTrainConfig:
         for name in ("num_iterations", "validate_every", "validation_episodes", "patience", "outcome_rounds"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"`{name}` must be a positive int, got {getattr(self, name)}")
+        if not 0.0 < self.epochs_range[0] <= self.epochs_range[1] < np.inf:
+            raise InvalidArgumentError(f"`epochs_range` must be low and high, both above 0, got {self.epochs_range}")
         if self.es is None and sum(self.groups_per_pool) % self.ppo.num_minibatches:
             raise InvalidArgumentError(
                 f"`groups_per_pool` must sum to a multiple of {self.ppo.num_minibatches} minibatches, "

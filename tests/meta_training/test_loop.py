@@ -288,6 +288,12 @@ def assert_controls(controller: Controller) -> None:
     assert all(np.isfinite(value) for d in decisions for group in d.groups for value in group.values())
 
 
+@pytest.mark.parametrize("epochs", [(0.0, 4.0), (4.0, 1.0), (1.0, float("nan"))])
+def test_epochs_are_checked(epochs: tuple[float, float]):
+    with pytest.raises(InvalidArgumentError, match="`epochs_range` must be low and high"):
+        replace(CONFIG, epochs_range=epochs)
+
+
 def test_a_family_that_validation_speaks_against_is_released_at_rest():
     controller = ControllerConfig(descriptors=DESCRIPTORS, families=("good", "harmed", "given"), at_rest=("given",))
     gains = {"known/good/64": -0.1, "known/good/512": 0.2, "unknown/good/64": 0.0, "unknown/good/512": 0.0}

@@ -459,3 +459,14 @@ def test_a_steered_run_loads_no_jax(controller_path: Path, tmp_path: Path):
     )
     assert run.returncode == 0, run.stderr
     assert [record["index"] for record in read_decisions(log)] == [0, 1, 2, 3]
+
+
+def test_a_wrapper_without_hooks_is_refused(domain: Domain):
+    class Wrapper(torch.optim.AdamW):
+        """As Accelerate's: an optimizer by type, never initialised as one."""
+
+        def __init__(self) -> None:
+            self.param_groups = []
+
+    with pytest.raises(InvalidArgumentError, match="a Wrapper, a wrapper that runs no step hooks; pass the optimizer"):
+        MetaScheduler(Wrapper(), domain=domain.profile)
