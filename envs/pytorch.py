@@ -119,8 +119,7 @@ class PyTorchEnvironment:
         for module in dropout_modules(state.model):
             module.p = float(values.dropout)
         for index in range(steps):
-            progress = min(int(plan.first_step) + index, horizon - 1) / horizon
-            multiplier = float(schedule_multiplier(np.float64(progress), np))
+            multiplier = float(schedule_multiplier(np.float64((int(plan.first_step) + index) / horizon), np))
             for group, param_group in enumerate(state.optimizer.param_groups):
                 row = 0 if plan.single_group else group
                 param_group["lr"] = float(values.learning_rate[row]) * multiplier

@@ -340,8 +340,7 @@ class VectorizedEnvironment:
             keep = jnp.where(window >= values.dropout, 1.0 / (1.0 - values.dropout), 0.0)
             batch = learner.draw(task.data, uniforms[:-1], keep)
             loss, gradient = learner.loss_and_gradient(params, task.data, batch)
-            # Past a horizon that was too short the rate stays at that of its last step, as in a session.
-            progress = jnp.minimum((plan.first_step + index).astype(jnp.float32), plan.horizon - 1.0) / plan.horizon
+            progress = (plan.first_step + index).astype(jnp.float32) / plan.horizon
             rate = values.learning_rate * schedule_multiplier(progress, jnp)
             hyperparameters = Hyperparameters(
                 *(self._of_groups(value, plan) for value in (rate, values.weight_decay, values.beta1))

@@ -160,16 +160,14 @@ class Session:
         return self._decision
 
     def multiplier(self, step: int) -> float:
-        """Returns the base schedule's factor on the learning rate at a step; past the horizon that of its last step."""
-        if self.horizon is None:
-            return 1.0
-        return 0.5 * (1.0 + math.cos(math.pi * min(max(step, 0), self.horizon - 1) / self.horizon))
+        """Returns the base schedule's factor on the learning rate at a step; see `schedule_multiplier`."""
+        return self.multipliers(step, 1)[0]
 
     def multipliers(self, first: int, count: int) -> list[float]:
         """Returns `multiplier` of `count` steps from `first` on."""
         if self.horizon is None:
             return [1.0] * count
-        steps = np.minimum(np.arange(first, first + count, dtype=np.float64), self.horizon - 1)
+        steps = np.arange(first, first + count, dtype=np.float64)
         return schedule_multiplier(steps / self.horizon, np).tolist()
 
     def tell(self, statistics: IntervalStatistics) -> Decision:

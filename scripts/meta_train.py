@@ -106,10 +106,10 @@ BPR, TOWERS, CLICKS, SEQUENCES, GRAPH = (
 _SMALL, _MIDDLE = replace(SMALL, history=20), replace(MIDDLE, history=20)
 
 _EMBEDDINGS = (
-    Recipe(bucket=_of(_MIDDLE, BPR), groups=3, steps=(8, 96), search=(32, 16)),
-    Recipe(bucket=_of(LARGE, BPR), groups=3, search=(32, 16)),
-    Recipe(bucket=_of(HUGE, BPR), groups=1, search=(32, 8)),
-    Recipe(bucket=_of(WHOLE, TOWERS), groups=1, steps=(4, 128), search=(20, 16)),
+    Recipe(bucket=_of(_MIDDLE, BPR), groups=2, steps=(8, 96), search=(32, 16)),
+    Recipe(bucket=_of(LARGE, BPR), groups=2, search=(32, 16)),
+    Recipe(bucket=_of(HUGE, BPR), groups=2, search=(32, 8)),
+    Recipe(bucket=_of(WHOLE, TOWERS), groups=2, steps=(4, 128), search=(32, 16)),
 )
 """The families that a laptop can train on whole domains."""
 _FAMILIES = (
@@ -145,7 +145,9 @@ PRESETS = {
         slices=4,
         simulated={1_024: 30, 4_096: 12, 6_144: 12, 24_576: 4},
         settings={
-            "validation_episodes": 8,
+            # Few validations of many episodes: the best of many noisy ones would be luck.
+            "validate_every": 20,
+            "validation_episodes": 16,
             "outcome_rounds": 3,
             # Rollouts of a group start alike, so that what differs between them is what the policy did.
             "ppo": PPOConfig(start_weight=0.0, initial_start_log_std=-2.5),

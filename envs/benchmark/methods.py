@@ -26,7 +26,7 @@ from envs.recommenders.training import PlainSchedule, Steering, TrainingRun
 from metalearn import Controller, load_controller
 from metalearn.controller.config import CONTROLLED
 from metalearn.errors import InvalidArgumentError
-from metalearn.meta_training.warm_start import SEARCH_BOX
+from metalearn.meta_training.warm_start import family_box
 from metalearn.spaces import CANONICAL_SPACE
 from metalearn.torch import MetaScheduler
 
@@ -134,8 +134,8 @@ class Controllers:
         return self.trained if STEERED[method].trained else self.untrained
 
 
-def sampled_configurations(replicate: int) -> list[dict[str, Any]]:
-    """Returns the configurations that random search draws, the same for every task: uniform in `SEARCH_BOX`.
+def sampled_configurations(replicate: int, family: str) -> list[dict[str, Any]]:
+    """Returns the configurations that random search draws, the same for every task of a family: uniform in its box.
 
     Uniform on the canonical space's scales: the rate and the decay on a logarithmic one, beta1 on the logit's.
     """
@@ -143,15 +143,16 @@ def sampled_configurations(replicate: int) -> list[dict[str, Any]]:
     names = list(SCHEDULES)
     configurations = []
     for _ in range(NUM_SAMPLED):
-        values = {name: from_box(name, share) for name, share in zip(CONTROLLED, rng.random(4), strict=True)}
+        shares = zip(CONTROLLED, rng.random(4), strict=True)
+        values = {name: from_box(name, share, family) for name, share in shares}
         configurations.append({**values, "schedule": names[rng.integers(len(names))]})
     return configurations
 
 
-def from_box(name: str, share: float) -> float:
-    """Returns the value at a share of a hyperparameter's side of the search box, on its canonical scale."""
+def from_box(name: str, share: float, family: str) -> float:
+    """Returns the value at a share of a hyperparameter's side of a family's box, on its canonical scale."""
     hyperparameter = CANONICAL_SPACE[name]
-    low, high = (hyperparameter.encode(corner) for corner in SEARCH_BOX[name])
+    low, high = (hyperparameter.encode(corner) for corner in family_box(family)[name])
     return rounded(hyperparameter.decode(low + share * (high - low)))
 
 

@@ -99,7 +99,7 @@ def _units(method: str, task: Task, size: Size, controllers: Controllers) -> Ite
     """Yields the units of one method on one task, each with the replicate or seed that it is."""
     if method == "sampled":
         for replicate in range(size.replicates):
-            for index, drawn in enumerate(sampled_configurations(replicate)[: size.trials]):
+            for index, drawn in enumerate(sampled_configurations(replicate, task.family)[: size.trials]):
                 yield replicate, _single(task, method, drawn, replicate=replicate, index=index, seed=replicate)
     elif method in ("tpe", "pbt"):
         count = size.trials if method == "tpe" else POPULATION
@@ -134,8 +134,13 @@ def rerun(tasks: Sequence[Task], keys: Mapping[str, Sequence[tuple[int, int]]], 
       keys: (replicate, index) of the configurations, by name of the task.
       seeds: how many.
     """
+    drawn = {
+        (task.family, replicate): sampled_configurations(replicate, task.family)
+        for task in tasks
+        for replicate, _ in keys[task.name]
+    }
     return [
-        _single(task, "sampled", sampled_configurations(replicate)[index], replicate=replicate, index=index, seed=seed)
+        _single(task, "sampled", drawn[task.family, replicate][index], replicate=replicate, index=index, seed=seed)
         for seed in range(seeds)
         for task in tasks
         for replicate, index in keys[task.name]

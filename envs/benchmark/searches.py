@@ -64,7 +64,7 @@ def run_tpe(
     for identity in identities:
         asked = study.ask()
         hyperparameters: dict[str, Any] = {
-            name: from_box(name, asked.suggest_float(name, 0.0, 1.0)) for name in CONTROLLED
+            name: from_box(name, asked.suggest_float(name, 0.0, 1.0), task.family) for name in CONTROLLED
         }
         hyperparameters["schedule"] = asked.suggest_categorical("schedule", list(SCHEDULES))
         trial = recorded.get(identity)
@@ -103,7 +103,7 @@ def run_population(
     replicate = identities[0].replicate
     rng = np.random.default_rng([replicate, 16])
     configurations = [
-        {**drawn, "schedule": "constant"} for drawn in sampled_configurations(replicate)[: len(identities)]
+        {**drawn, "schedule": "constant"} for drawn in sampled_configurations(replicate, task.family)[: len(identities)]
     ]
     members = [
         start_run(identity.method, configuration, task, domain, controllers, seed=identity.seed)

@@ -201,7 +201,7 @@ class Unguarded:
         proposal = self._episode.find("learning_rate_proposal")
         factor = 1.0
         if horizon is not None:
-            factor = float(schedule_multiplier(np.float64(min(self.steps, horizon - 1) / horizon), np))
+            factor = float(schedule_multiplier(np.float64(self.steps / horizon), np))
         if proposal is not None and 0 <= self.steps - round(proposal.at * budget.steps) < proposal.lasts:
             factor *= proposal.size
         for group, row in zip(self._optimizer.param_groups, self._group, strict=True):

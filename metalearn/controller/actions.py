@@ -16,6 +16,9 @@ from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, Con
 BASE_SCHEDULES = ("cosine", "averaged_constant")
 """With a known horizon the rate decays to zero by a cosine; with an unknown one it holds, and iterates are averaged."""
 
+PAST_HORIZON = 0.1
+"""Share of the start's rate that a run holds when it goes on past its horizon: somebody had told it too short a one."""
+
 DAMPING = 8.0
 """How fast confidence falls as descriptors leave the meta-training range; see `confidence`."""
 
@@ -49,13 +52,16 @@ class Values(NamedTuple):
 
 
 def schedule_multiplier(progress: Any, xp: ModuleType) -> Any:
-    """Returns the base schedule's factor on the rate: (1 + cos πp) / 2, or 1 where progress is NaN (no horizon).
+    """Returns the base schedule's factor on the rate: (1 + cos πp) / 2, `PAST_HORIZON` from p = 1 on, 1 where p is NaN.
 
-    >>> float(schedule_multiplier(np.array(0.5), np)), float(schedule_multiplier(np.array(float("nan")), np))
-    (0.5, 1.0)
+    >>> [float(schedule_multiplier(np.array(progress), np)) for progress in (0.5, 1.0, float("nan"))]
+    [0.5, 0.1, 1.0]
+
+    Args:
+      progress: the step's number over the horizon; NaN without a horizon.
     """
     cosine = 0.5 * (1.0 + xp.cos(xp.minimum(xp.maximum(progress, 0.0), 1.0) * np.pi))
-    return xp.where(xp.isfinite(progress), cosine, 1.0)
+    return xp.where(xp.isfinite(progress), xp.where(progress < 1.0, cosine, PAST_HORIZON), 1.0)
 
 
 def confidence(distance: Any, xp: ModuleType) -> Any:

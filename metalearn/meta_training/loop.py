@@ -374,7 +374,8 @@ def _fit_outcome(
         for index in range(config.outcome_rounds):
             rng = np.random.default_rng([config.seed, 4, part, index])
             for position, chunk in enumerate(iteration_chunks(config, runner, 2**21 + index)):
-                start = warm_start.draw_configurations(CHUNK, runner.config, rng).astype(np.float32)
+                family = runner.pools[chunk.pool].environment.family
+                start = warm_start.draw_configurations(CHUNK, runner.config, family, rng).astype(np.float32)
                 spec = chunk.spec._replace(start=start) if position % 2 else chunk.spec
                 chunks.append(replace(chunk, spec=spec))
         episodes += runner.run(chunks, state.best, state.prior, explore=1.0, label="outcome model")

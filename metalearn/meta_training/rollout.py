@@ -221,7 +221,7 @@ def _signals(
     """Makes features of the interval that ended just now, as a session does; `ours` [S] is NaN for what is kept."""
     intervals = index.astype(jnp.float32) + 1.0
     progress = intervals * run.steps / run.horizon
-    last = jnp.minimum(intervals * run.steps, run.horizon) - 1.0
+    last = intervals * run.steps - 1.0
     group_residual, run_residual = relative_residual(position, config, jnp)
     controls = Controls(
         learning_rate=in_force.learning_rate * schedule_multiplier(last / run.horizon, jnp),

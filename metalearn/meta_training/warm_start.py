@@ -33,6 +33,8 @@ SEARCH_BOX = {
     "dropout": (0.0, 0.5),
 }
 """Where configurations are drawn: around the best known, wide enough to hold every domain's optimum."""
+FAMILY_RATES = {"two_tower": (0.0003, 0.1)}
+"""Learning rates of the box of families whose optimum lies elsewhere: a softmax over the batch wants smaller ones."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,21 +64,34 @@ Keep = Callable[[str, Callable[[], Mapping[str, np.ndarray]]], Mapping[str, np.n
 """Returns what a function computes, or what a file of that name has kept of it."""
 
 
-def search_box(config: ControllerConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the search box's corners in unit ranges, each [S]."""
-    corners = zip(*(SEARCH_BOX[name] for name in CONTROLLED), strict=True)
-    low, high = (
-        np.array([config.space[name].encode(value) for name, value in zip(CONTROLLED, corner, strict=True)])
-        for corner in corners
-    )
-    return low, high
+def family_box(family: str | None) -> dict[str, tuple[float, float]]:
+    """Returns where configurations of a model family are drawn, the lowest and the highest value by hyperparameter."""
+    return {**SEARCH_BOX, "learning_rate": FAMILY_RATES.get(family or "", SEARCH_BOX["learning_rate"])}
 
 
-def draw_configurations(count: int, config: ControllerConfig, rng: np.random.Generator) -> np.ndarray:
-    """Draws configurations by Latin hypercube inside `SEARCH_BOX`, [count, S] in unit ranges."""
-    low, high = search_box(config)
+def search_box(config: ControllerConfig, family: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the corners of a family's box in unit ranges, each [S]."""
+    box = family_box(family)
+    low, high = zip(*([config.space[name].encode(corner) for corner in box[name]] for name in CONTROLLED), strict=True)
+    return np.array(low), np.array(high)
+
+
+def draw_configurations(
+    count: int, config: ControllerConfig, family: str | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Draws configurations by Latin hypercube inside a family's box, [count, S] in unit ranges."""
+    return _hypercube(count, *search_box(config, family), rng)
+
+
+def _hypercube(count: int, low: np.ndarray, high: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     strata = np.stack([rng.permutation(count) for _ in CONTROLLED], axis=1)
     return low + (high - low) * (strata + rng.random((count, len(CONTROLLED)))) / count
+
+
+def _outer_box(config: ControllerConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the corners of what holds the boxes of all families, and of others."""
+    lows, highs = zip(*(search_box(config, family) for family in (None, *config.families)), strict=True)
+    return np.min(lows, axis=0), np.max(highs, axis=0)
 
 
 def run_search(
@@ -152,7 +167,7 @@ def _search_chunks(
     chunks = []
     for task in balanced_tasks(runner.pools[pool].names, num_tasks, rng):
         steps = steps_of([task], rng)
-        starts = draw_configurations(configurations, runner.config, rng)
+        starts = draw_configurations(configurations, runner.config, runner.pools[pool].environment.family, rng)
         initialization, told = int(rng.integers(2**31)), bool(rng.random() < told_share)
         chunks.extend(
             make_chunk(
@@ -236,7 +251,7 @@ def choose_bases(result: SearchResult, config: ControllerConfig, *, seed: int) -
     bases, gains = np.empty((*shape, len(CONTROLLED)), np.float32), np.empty(shape)
     for family, told in np.ndindex(shape):
         of_family = family_of == family if (family_of == family).any() else np.ones_like(family_of, bool)
-        mean = value[family, told, of_family].mean(0)
+        mean = np.where(_in_box(candidates, config, family), value[family, told, of_family].mean(0), -np.inf)
         bases[family, told], gains[family, told] = candidates[mean.argmax()], mean.max()
     return bases, gains
 
@@ -253,7 +268,8 @@ def candidate_bases(
     """
     candidates, value, family_of = _predict_candidates(result, config, seed)
     index = config.family_index(family)
-    of_family = value[index, 1, family_of == index]
+    inside = _in_box(candidates, config, index)
+    candidates, of_family = candidates[inside], value[index, 1, family_of == index][:, inside]
     if not len(of_family):
         raise InvalidArgumentError(f"the search has no trials of {family!r}; meta-train with a preset that has it")
     rng = np.random.default_rng([seed, 14])
@@ -276,17 +292,23 @@ def _predict_candidates(
     """
     largest = np.isin(result.pool, [result.pool[result.family == family].max() for family in np.unique(result.family)])
     result = SearchResult(**{name: value[largest] for name, value in vars(result).items()})
-    low, high = search_box(config)
+    low, high = _outer_box(config)
     _, first = np.unique(result.task, return_index=True)
     knots = fit_knots(result.descriptors[first])
     scaled = percentile_scale(result.descriptors, knots, np)
     surfaces = fit_surfaces(
         result, (result.start - low) / (high - low), scaled, num_families=len(config.families), seed=seed
     )
-    candidates = draw_configurations(NUM_CANDIDATES, config, np.random.default_rng([seed, 12]))
+    candidates = _hypercube(NUM_CANDIDATES, low, high, np.random.default_rng([seed, 12]))
     position = jnp.asarray((candidates - low) / (high - low), jnp.float32)
     value = predict_all(surfaces, position, jnp.asarray(scaled[first], jnp.float32))
     return candidates, np.asarray(value), result.family[first]
+
+
+def _in_box(candidates: np.ndarray, config: ControllerConfig, family: int) -> np.ndarray:
+    """Returns which candidates [C, S] lie in the box of the family of a row; row 0 is for any other."""
+    low, high = search_box(config, (None, *config.families)[family])
+    return ((candidates >= low) & (candidates <= high)).all(1)
 
 
 def fit_normalizer(episodes: Sequence[Episode], rng: np.random.Generator, limit: int = 60_000) -> Normalizer:
@@ -332,7 +354,7 @@ def fit_start(
     Returns:
       The network parameters, and the predicted value at each step.
     """
-    low, high = (jnp.asarray(corner, jnp.float32) for corner in search_box(config))
+    low, high = (jnp.asarray(corner, jnp.float32) for corner in _outer_box(config))
     _, first = np.unique(result.task, return_index=True)
     scaled = percentile_scale(result.descriptors, np.asarray(prior.normalizer.descriptors), np)
     surfaces = fit_surfaces(

@@ -35,8 +35,8 @@ def start(modifier: np.ndarray | float = 0.0, trust: float = 1.0, num_groups: in
 
 
 def test_base_schedule_is_a_cosine():
-    progress = np.array([-1.0, 0.0, 1 / 3, 0.5, 1.0, 1.5])
-    np.testing.assert_allclose(schedule_multiplier(progress, np), [1.0, 1.0, 0.75, 0.5, 0.0, 0.0], atol=1e-15)
+    progress = np.array([-1.0, 0.0, 1 / 3, 0.5, 1.0 - 1e-9, 1.0, 1.5])
+    np.testing.assert_allclose(schedule_multiplier(progress, np), [1.0, 1.0, 0.75, 0.5, 0.0, 0.1, 0.1], atol=1e-15)
     assert schedule_multiplier(np.array(np.nan), np) == 1.0
 
 

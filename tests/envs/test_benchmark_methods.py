@@ -98,12 +98,12 @@ def test_one_cycle_is_torchs():
 
 
 def test_the_cosine_is_the_controllers():
-    progress = np.linspace(0, 1, 11)
+    progress = np.linspace(0, 1, 11)[:-1]
     np.testing.assert_allclose([SCHEDULES["cosine"](p) for p in progress], schedule_multiplier(progress, np))
 
 
 def test_random_configurations_are_uniform_in_the_box():
-    drawn = [c for replicate in range(40) for c in sampled_configurations(replicate)]
+    drawn = [c for replicate in range(40) for c in sampled_configurations(replicate, "matrix_factorization")]
     assert len(drawn) == 40 * 64
     scales = {"learning_rate": np.log, "weight_decay": np.log, "beta1": lambda b: np.log(b / (1 - b)), "dropout": None}
     for name in CONTROLLED:
@@ -117,14 +117,21 @@ def test_random_configurations_are_uniform_in_the_box():
 
 def test_random_configurations_never_change():
     """Recorded trials are of these: what they were when the first were recorded."""
-    assert sampled_configurations(1)[3] == {
+    assert sampled_configurations(1, "matrix_factorization")[3] == {
         "learning_rate": 0.0580878,
         "weight_decay": 1.00759,
         "beta1": 0.962598,
         "dropout": 0.450037,
         "schedule": "constant",
     }
-    assert sampled_configurations(0) != sampled_configurations(1)
+    assert sampled_configurations(0, "matrix_factorization") != sampled_configurations(1, "matrix_factorization")
+
+
+def test_a_family_draws_in_its_own_box():
+    """Its learning rates alone: the shares of the box are the same."""
+    towers, other = (sampled_configurations(0, family) for family in ("two_tower", "click_model"))
+    assert min(c["learning_rate"] for c in towers) < SEARCH_BOX["learning_rate"][0]
+    assert [{**c, "learning_rate": 0} for c in towers] == [{**c, "learning_rate": 0} for c in other]
 
 
 def test_a_plain_run_is_what_a_loop_of_ones_own_gives(domain: Domain, controllers: Controllers):

@@ -90,7 +90,7 @@ def test_a_record_of_another_search_is_refused(domain: Domain, whole: list[Trial
 
 
 def make_members(domain: Domain, count: int, *, seed: int = 3) -> list[TrainingRun]:
-    drawn = [{**c, "schedule": "constant"} for c in sampled_configurations(0)[:count]]
+    drawn = [{**c, "schedule": "constant"} for c in sampled_configurations(0, "matrix_factorization")[:count]]
     return [start_run("pbt", configuration, TASK, domain, CONTROLLERS, seed=seed) for configuration in drawn]
 
 
@@ -147,7 +147,7 @@ def test_a_population_records_its_members(domain: Domain):
     assert without_cost(first) == without_cost(second)
     assert [trial.configuration["index"] for trial in first] == list(range(8))
     changed = 0
-    for trial, drawn in zip(first, sampled_configurations(1), strict=False):
+    for trial, drawn in zip(first, sampled_configurations(1, "matrix_factorization"), strict=False):
         assert trial.configuration["learning_rate"] == drawn["learning_rate"]
         assert trial.configuration["schedule"] == "constant"
         rates = [(m.step, m.value) for m in trial.measurements if m.metric == "learning_rate"]

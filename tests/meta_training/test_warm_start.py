@@ -40,10 +40,10 @@ def synthetic_search(
     The learning rate's optimum goes with the first descriptor, by `optimum_shift` unit ranges to either side.
     """
     rng = np.random.default_rng(pool)
-    low, high = warm_start.search_box(config)
+    low, high = warm_start.search_box(config, None)
     num_tasks, per_task = 24, 16
     task = np.repeat(np.arange(num_tasks), per_task)
-    start = np.concatenate([warm_start.draw_configurations(per_task, config, rng) for _ in range(num_tasks)])
+    start = np.concatenate([warm_start.draw_configurations(per_task, config, None, rng) for _ in range(num_tasks)])
     side = np.where(np.arange(num_tasks) % 2 == 0, -1.0, 1.0)
     best = np.tile(low + optimum * (high - low), (num_tasks, 1))
     best[:, 0] += side * optimum_shift
@@ -79,14 +79,39 @@ def chosen(result: SearchResult, config: ControllerConfig) -> tuple[np.ndarray, 
 
 
 def test_configurations_are_a_latin_hypercube_of_the_box(config: ControllerConfig):
-    low, high = warm_start.search_box(config)
-    drawn = warm_start.draw_configurations(20, config, np.random.default_rng(0))
+    low, high = warm_start.search_box(config, None)
+    drawn = warm_start.draw_configurations(20, config, None, np.random.default_rng(0))
     assert drawn.shape == (20, S)
     strata = np.floor((drawn - low) / (high - low) * 20).astype(int)
     for column in strata.T:
         assert sorted(column) == list(range(20))
     decoded = [config.space[name].decode(unit) for name, unit in zip(CONTROLLED, low, strict=True)]
     assert decoded == pytest.approx([SEARCH_BOX[name][0] for name in CONTROLLED])
+
+
+def test_a_family_has_a_box_of_its_own(config: ControllerConfig):
+    config = dataclasses.replace(config, families=("matrix_factorization", "two_tower"))
+    drawn = warm_start.draw_configurations(64, config, "two_tower", np.random.default_rng(0))
+    rates = np.array([config.space["learning_rate"].decode(unit) for unit in drawn[:, 0]])
+    low, high = warm_start.FAMILY_RATES["two_tower"]
+    assert low <= rates.min() < SEARCH_BOX["learning_rate"][0] < rates.max() <= high < SEARCH_BOX["learning_rate"][1]
+
+
+def test_a_base_stays_in_the_box_of_its_family(config: ControllerConfig):
+    config = dataclasses.replace(config, families=("matrix_factorization", "two_tower"))
+    low, high = warm_start.search_box(config, "two_tower")
+    trials = synthetic_search(config)
+    start = low + (high - low) * np.random.default_rng(1).random(trials.start.shape)
+    # The lower the rate the better: the best of a box lies at its lower edge.
+    trials = dataclasses.replace(trials, start=start.astype(np.float32), score=(low[0] - start[:, 0]) / (high - low)[0])
+    results = [
+        dataclasses.replace(trials, family=np.full(len(start), family), pool=np.full(len(start), family - 1))
+        for family in (1, 2)
+    ]
+    bases, _ = warm_start.choose_bases(joined(*results), config, seed=0)
+    rates = [[config.space["learning_rate"].decode(float(unit)) for unit in base[:, 0]] for base in bases]
+    assert min(rates[0] + rates[1]) >= SEARCH_BOX["learning_rate"][0] * 0.999
+    assert max(rates[2]) < SEARCH_BOX["learning_rate"][0]
 
 
 def test_domains_take_turns():
@@ -122,7 +147,7 @@ def test_epochs_are_log_uniform_whatever_the_size(config: ControllerConfig):
 
 
 def test_the_base_is_where_the_optimum_is_not_where_luck_was(config: ControllerConfig):
-    low, high = warm_start.search_box(config)
+    low, high = warm_start.search_box(config, None)
     base, score = chosen(synthetic_search(config), config)
     assert base.dtype == np.float32
     assert np.abs((base - low) / (high - low) - 0.6).max() < 0.15
@@ -148,7 +173,7 @@ def test_the_base_does_not_depend_on_how_hard_tasks_are(config: ControllerConfig
 
 def share(base: np.ndarray, config: ControllerConfig) -> np.ndarray:
     """Return a base as a share of the box."""
-    low, high = warm_start.search_box(config)
+    low, high = warm_start.search_box(config, None)
     return (base - low) / (high - low)
 
 
@@ -282,7 +307,7 @@ def test_search_runs_every_configuration_on_its_task(runner: RolloutRunner, untr
     assert Counter(result.task.tolist()) == {0: 16, 1: 16, 2: 16}
     assert result.start.shape == (48, S)
     assert (result.family == 1).all()  # the bucket's
-    low, high = warm_start.search_box(runner.config)
+    low, high = warm_start.search_box(runner.config, None)
     assert ((result.start >= low - 1e-6) & (result.start <= high + 1e-6)).all()
     for task in range(3):
         rows = result.task == task
