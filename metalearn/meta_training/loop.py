@@ -22,7 +22,8 @@ from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.meta_training import warm_start
 from metalearn.meta_training.es import ESConfig
 from metalearn.meta_training.estimator import Estimator, make_estimator
-from metalearn.meta_training.outcome import OutcomeFitConfig, episode_domains, fit_outcome
+from metalearn.meta_training.outcome import OutcomeFitConfig, fit_outcome
+from metalearn.meta_training.outcome_rows import episode_domains
 from metalearn.meta_training.persistence import Persistence
 from metalearn.meta_training.ppo import PPOConfig
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior

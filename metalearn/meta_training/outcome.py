@@ -14,43 +14,28 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from scipy import stats
 
-from metalearn.controller.actions import Position
 from metalearn.controller.checkpoint import flatten
-from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, ControllerConfig
+from metalearn.controller.config import ControllerConfig
 from metalearn.controller.outcome import (
     FIRST_DESCRIPTOR,
-    FLOOR_KNOWN,
-    METRIC_OFFSET,
     MIN_STD,
     PREFIX,
-    VALIDATION,
     OutcomeConfig,
-    OutcomeDistribution,
     OutcomeModel,
-    Situation,
-    outcome_inputs,
-    relative_metric,
 )
 from metalearn.errors import InvalidArgumentError
-from metalearn.meta_training.rollout import NONFINITE_PENALTY, Episode, Prior
-from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, relative_scores
-from metalearn.signals import GLOBAL_FEATURES, percentile_scale
-
-LEVELS = (0.5, 0.8, 0.9, 0.95)
-"""Of the central intervals whose coverage is measured."""
-TEMPERATURES = np.geomspace(0.25, 4.0, 81)
-TEMPERATURE_PRIOR = 8
-"""Validation domains that a temperature of 1 counts as: runs of a domain err together, so that n domains tell log T to
-within 1 / √(2n), and it is not expected beyond 1/4. (Two domains asked for 0.5, and unseen ones were covered badly.)"""
+from metalearn.meta_training.calibration import calibration_of, choose_temperatures, equal_weight
+from metalearn.meta_training.outcome_rows import OutcomeRows, outcome_rows, withhold_floor
+from metalearn.meta_training.rollout import Episode, Prior
+from metalearn.meta_training.runner import CHUNK
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +68,6 @@ class OutcomeFitConfig:
     floor_withheld_share: float = 0.5
     descriptor_noise: float = 0.25
     anchor: float = 0.1
-
-
-class OutcomeRows(NamedTuple):
-    """Episodes as the outcome model reads them."""
-
-    inputs: np.ndarray
-    """float32 [N, T, I] before the interval of each decision"""
-    outcome: np.ndarray
-    """[N]"""
-    task: np.ndarray
-    """int [N], episodes of one task and budget have the same"""
 
 
 class Member(nn.Module):
@@ -143,95 +117,6 @@ def block_terms(mean: Any, own: Any, shared: Any, outcome: Any, mask: Any) -> tu
     logarithm = (mask * jnp.log(2.0 * np.pi * jnp.square(own))).sum(-1) + jnp.log(spread)
     count = jnp.maximum(mask.sum(-1), 1.0)
     return square / count, logarithm / count
-
-
-def episode_domains(runner: RolloutRunner, chunks: Sequence[Chunk]) -> list[str]:
-    """Names the domain of each episode of these chunks; simulated ones, which share a name, by pool and task."""
-    labels = []
-    for chunk in chunks:
-        for task in chunk.spec.task.tolist():
-            name = runner.pools[chunk.pool].names[task]
-            labels.append(f"{name}/{chunk.pool}/{task}" if name.startswith("simulated") else name)
-    return labels
-
-
-def validation_floor(episodes: Episode) -> np.ndarray:
-    """Works out the validation metric of popularity from the rewards, [N]; NaN where they are not finite.
-
-    They sum to log((floor + c) / c) + log((score + c) / (test floor + c)), less the penalties. Whether the last
-    interval had a penalty is not in an episode: if it had, floor + c comes out a tenth too low.
-    """
-    penalized = episodes.run[:, :, GLOBAL_FEATURES.index("loss_not_finite")] > 0
-    penalty = NONFINITE_PENALTY * penalized.sum(1)
-    score = relative_metric(np.asarray(episodes.score, np.float64), np.asarray(episodes.floor, np.float64), np)
-    total = np.asarray(episodes.reward, np.float64).sum(1) + penalty
-    return METRIC_OFFSET * np.expm1(total - score)
-
-
-def outcome_rows(episodes: Episode, controller: ControllerConfig, prior: Prior) -> OutcomeRows:
-    """Lays episodes out, a row for every decision: the start, before any signal, and each in-run one.
-
-    The configuration of row t is in force in interval t; signals are those up to interval t - 1.
-
-    Args:
-      episodes: NumPy, concatenated.
-      controller: architecture that the episodes were run with.
-      prior: base and normalizer of the controller.
-    """
-    floor = validation_floor(episodes)
-    parts = [
-        _inputs(
-            jax.tree.map(lambda leaf, rows=slice(first, first + 256): leaf[rows], episodes),
-            floor[first:],
-            controller,
-            prior,
-        )
-        for first in range(0, len(floor), 256)
-    ]
-    columns = np.nan_to_num(np.column_stack([episodes.descriptors, episodes.floor, episodes.family]), nan=1e9)
-    task = np.unique(columns, axis=0, return_inverse=True)[1].ravel()
-    return OutcomeRows(np.concatenate(parts), relative_scores(episodes).astype(np.float32), task)
-
-
-def _inputs(episodes: Episode, floor: np.ndarray, controller: ControllerConfig, prior: Prior) -> np.ndarray:
-    """Makes the inputs of some episodes, [N, T, I]."""
-    told = np.isfinite(episodes.descriptors[:, controller.descriptors.index("log_horizon_epochs")])
-    encoded = []
-    for name in GROUP_CONTROLLED + GLOBAL_CONTROLLED:
-        hyperparameter, value = controller.space[name], np.asarray(getattr(episodes.values, name), np.float64)
-        ours = np.isfinite(value)
-        encoded.append(np.where(ours, hyperparameter.encode(np.where(ours, value, hyperparameter.low)), np.nan))
-    split = len(GROUP_CONTROLLED)
-    group, run = np.stack(encoded[:split], -1), np.stack(encoded[split:], -1)
-    normalizer = jax.tree.map(np.asarray, prior.normalizer)
-
-    def since_start(values: np.ndarray) -> np.ndarray:
-        return np.concatenate([np.zeros_like(values[:, :1]), values], axis=1)
-
-    reported = episodes.run[:, :, GLOBAL_FEATURES.index("validation_missing")] == 0
-    best = np.maximum.accumulate(episodes.validation[:, :-1], axis=1)
-    known = np.logical_or.accumulate(reported, axis=1)
-    relative = relative_metric(best, floor[: len(best), None], np)
-    situation = Situation(
-        descriptors=percentile_scale(episodes.descriptors, normalizer.descriptors, np)[:, None],
-        family=episodes.family[:, None],
-        horizon_known=told[:, None],
-        base=np.asarray(prior.base)[episodes.family, told.astype(int)][:, None],
-        position=Position(group[:, :1], run[:, :1], group - group[:, :1], run - run[:, :1]),
-        group_mask=episodes.group_mask[:, None],
-        curve_known=np.arange(group.shape[1]) > 0,
-        group=since_start(percentile_scale(episodes.group, normalizer.group, np)),
-        run=since_start(percentile_scale(episodes.run, normalizer.run, np)),
-        validation=since_start(np.where(known, relative, np.nan)),
-    )
-    return np.asarray(outcome_inputs(situation, controller, np), np.float32)
-
-
-def withhold_floor(inputs: Any) -> Any:
-    """Returns inputs [..., I] as if the floor of popularity were unknown."""
-    keep = np.ones(inputs.shape[-1], np.float32)
-    keep[[FLOOR_KNOWN, VALIDATION]] = 0.0
-    return inputs * keep
 
 
 def fit_outcome(
@@ -293,7 +178,7 @@ def fit_outcome(
     flat = {f"{PREFIX}{name}": value for name, value in flatten(params).items()}
     flat |= {f"{PREFIX}target": target, f"{PREFIX}temperature": np.ones(2, np.float32)}
     validation = OutcomeRows(*(leaf[held_out] for leaf in rows))
-    flat[f"{PREFIX}temperature"] = _temperatures(OutcomeModel(flat), validation, names[held_out])
+    flat[f"{PREFIX}temperature"] = choose_temperatures(OutcomeModel(flat), validation, names[held_out])
     return flat, {
         "seed": seed,
         "model": asdict(config),
@@ -302,7 +187,7 @@ def fit_outcome(
         "domains": {"training": len(set(names[~held_out])), "validation": len(set(names[held_out]))},
         **record,
         "temperature": dict(zip(("start", "run"), flat[f"{PREFIX}temperature"].tolist(), strict=True)),
-        "calibration": _calibration(OutcomeModel(flat), validation),
+        "calibration": calibration_of(OutcomeModel(flat), validation),
     }
 
 
@@ -341,7 +226,7 @@ def _fit_members(
         )
     order = np.stack([rng.permutation(len(distinct)) for _ in range(num_members)])
     of_mean = (order < np.clip(round(settings.mean_share * len(distinct)), 1, len(distinct) - 1))[:, domain]
-    weight = _equal_weight(names[validation_index[:, 0]])
+    weight = equal_weight(names[validation_index[:, 0]])
 
     keys = jax.random.split(jax.random.key(seed), num_members)
     member = Member(config.hidden_sizes)
@@ -382,12 +267,6 @@ def _fit_members(
         "steps": (best_evaluation * settings.steps_per_evaluation).tolist(),
         "validation_loss": best_loss.tolist(),
     }
-
-
-def _equal_weight(names: np.ndarray) -> np.ndarray:
-    """Returns weights that sum to 1, and to the same over every domain."""
-    _, domain, count = np.unique(names, return_inverse=True, return_counts=True)
-    return 1.0 / count[domain] / len(count)
 
 
 def _optimizer(settings: OutcomeFitConfig) -> optax.GradientTransformation:
@@ -463,110 +342,3 @@ def _programs(config: OutcomeConfig, settings: OutcomeFitConfig, num_descriptors
         return jax.lax.map(of_member, params)
 
     return advance, validate
-
-
-def _situations(rows: OutcomeRows) -> dict[str, np.ndarray]:
-    """Returns the inputs [N, T', I] of the start, of the run, and of the run where the floor is unknown."""
-    return {
-        "start": rows.inputs[:, :1],
-        "run": rows.inputs[:, 1:],
-        "run_without_floor": withhold_floor(rows.inputs[:, 1:]),
-    }
-
-
-def _temperatures(model: OutcomeModel, rows: OutcomeRows, names: np.ndarray) -> np.ndarray:
-    """Chooses the factors that make central intervals cover what they say, domains weighed alike: start and run.
-
-    They are drawn to 1, by `TEMPERATURE_PRIOR`.
-    """
-    weight, num_domains = _equal_weight(names), len(np.unique(names))
-    inputs = _situations(rows)
-    run = np.concatenate([inputs["run"], inputs["run_without_floor"]], axis=1)
-    chosen = []
-    for part in (inputs["start"], run):
-        predicted = model.predict(part)
-        # Outcomes drawn to the centre instead of the mixture widened about it: the same to the mixture's CDF.
-        deviation = rows.outcome[:, None] - predicted.mean
-        errors = []
-        for temperature in TEMPERATURES:
-            level = np.abs(1.0 - 2.0 * predicted.probability_above(predicted.mean + deviation / temperature))
-            covered = np.array([((level <= wanted).mean(1) * weight).sum() for wanted in LEVELS])
-            errors.append(np.square(covered - LEVELS).sum())
-        chosen.append(TEMPERATURES[int(np.argmin(errors))])
-    return np.power(chosen, num_domains / (num_domains + TEMPERATURE_PRIOR)).astype(np.float32)
-
-
-def calibration(model: OutcomeModel, episodes: Episode, controller: ControllerConfig, prior: Prior) -> dict[str, Any]:
-    """Measures how good an outcome model is on episodes of domains that it has not seen.
-
-    Args:
-      model: fitted.
-      episodes: NumPy, concatenated.
-      controller: architecture that the episodes were run with.
-      prior: base and normalizer of the controller.
-
-    Returns:
-      For `start`, `run` and `run_without_floor`: `coverage` of central intervals by level; `crps`, the continuous
-      ranked probability score; `rmse`; `rmse_of_mean`, that of always predicting the mean of the training episodes;
-      `spearman`, the rank correlation of predicted and real among the episodes of one task at one decision, averaged;
-      `improvement_coverage`, of the intervals of differences between two episodes of one task. NaN where no task has
-      enough episodes.
-    """
-    return _calibration(model, outcome_rows(episodes, controller, prior))
-
-
-def _calibration(model: OutcomeModel, rows: OutcomeRows) -> dict[str, Any]:
-    tasks = [np.flatnonzero(rows.task == task) for task in np.unique(rows.task)]
-    one = np.concatenate([task[:-1] for task in tasks])
-    other = np.concatenate([task[1:] for task in tasks])
-    outcome = rows.outcome[:, None].astype(np.float64)
-    record = {}
-    for situation, inputs in _situations(rows).items():
-        predicted = model.predict(inputs)
-        difference = model.improvement(inputs[one], inputs[other])
-        record[situation] = {
-            "coverage": _coverage(predicted, outcome),
-            "improvement_coverage": _coverage(difference, outcome[one] - outcome[other]),
-            "crps": float(crps(predicted, outcome).mean()),
-            "rmse": float(np.sqrt(np.square(predicted.mean - outcome).mean())),
-            "rmse_of_mean": float(np.sqrt(np.square(model.training_mean - outcome).mean())),
-            "spearman": _spearman(predicted.mean, rows.outcome, tasks),
-        }
-    return record
-
-
-def _coverage(predicted: OutcomeDistribution, outcome: np.ndarray) -> dict[str, float]:
-    """Returns the share of outcomes inside the central interval of each level."""
-    level = np.abs(1.0 - 2.0 * predicted.probability_above(outcome))
-    return {f"{100 * wanted:.0f}": float((level <= wanted).mean()) if level.size else np.nan for wanted in LEVELS}
-
-
-def _spearman(predicted: np.ndarray, outcome: np.ndarray, tasks: Sequence[np.ndarray]) -> float:
-    """Returns the mean rank correlation within a task at a decision, of those where neither side ties throughout."""
-    found = []
-    for task in tasks:
-        apart = predicted[task][:, np.ptp(predicted[task], axis=0) > 0]
-        if len(task) > 2 and np.ptp(outcome[task]) > 0 and apart.size:
-            ranks = stats.rankdata(np.column_stack([outcome[task], apart]), axis=0)
-            found.extend(np.corrcoef(ranks.T)[0, 1:])
-    return float(np.mean(found)) if found else np.nan
-
-
-def crps(predicted: OutcomeDistribution, outcome: np.ndarray) -> np.ndarray:
-    """Returns the continuous ranked probability score of normal mixtures (Grimit et al., 2006).
-
-    E|Y - y| - E|Y - Y'| / 2, with Y and Y' drawn from the mixture.
-
-    Args:
-      predicted: [...].
-      outcome: broadcasts against [...].
-    """
-
-    def mean_absolute(mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-        z = mean / std
-        return std * 2.0 * stats.norm.pdf(z) + mean * (2.0 * stats.norm.cdf(z) - 1.0)
-
-    mean, std = predicted.component_mean, predicted.component_std
-    apart = mean_absolute(mean - outcome[..., None], std).mean(-1)
-    among = mean_absolute(mean[..., :, None] - mean[..., None, :], np.hypot(std[..., :, None], std[..., None, :]))
-    return apart - 0.5 * among.mean((-2, -1))

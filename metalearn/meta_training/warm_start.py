@@ -308,7 +308,7 @@ def _predict_candidates(
 def _in_box(candidates: np.ndarray, config: ControllerConfig, family: int) -> np.ndarray:
     """Returns which candidates [C, S] lie in the box of the family of a row; row 0 is for any other."""
     low, high = search_box(config, (None, *config.families)[family])
-    return ((candidates >= low) & (candidates <= high)).all(1)
+    return np.all((candidates >= low) & (candidates <= high), axis=1)
 
 
 def fit_normalizer(episodes: Sequence[Episode], rng: np.random.Generator, limit: int = 60_000) -> Normalizer:

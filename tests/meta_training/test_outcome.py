@@ -24,8 +24,8 @@ from metalearn.controller.outcome import (
     relative_metric,
 )
 from metalearn.errors import InvalidArgumentError
+from metalearn.meta_training import calibration, outcome_rows, warm_start
 from metalearn.meta_training import outcome as fitting
-from metalearn.meta_training import warm_start
 from metalearn.meta_training.outcome import OutcomeFitConfig, fit_outcome
 from metalearn.meta_training.rollout import NONFINITE_PENALTY, Episode, PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, RolloutRunner, make_chunk
@@ -129,20 +129,20 @@ def unseen() -> Made:
 
 
 @pytest.fixture(scope="module")
-def rows(unseen: Made) -> fitting.OutcomeRows:
-    return fitting.outcome_rows(unseen.episodes, CONTROLLER, PRIOR)
+def rows(unseen: Made) -> outcome_rows.OutcomeRows:
+    return outcome_rows.outcome_rows(unseen.episodes, CONTROLLER, PRIOR)
 
 
 # What is learnt
 
 
-def test_the_mean_is_recovered_on_unseen_domains(fitted: OutcomeModel, unseen: Made, rows: fitting.OutcomeRows):
+def test_the_mean_is_recovered_on_unseen_domains(fitted: OutcomeModel, unseen: Made, rows: outcome_rows.OutcomeRows):
     error = fitted.predict(rows.inputs[:, 0]).mean - unseen.expected
     assert np.sqrt(np.mean(error**2)) < 0.4 * unseen.expected.std()
 
 
 def test_intervals_cover_what_they_say_on_unseen_domains(fitted: OutcomeModel, unseen: Made):
-    found = fitting.calibration(fitted, unseen.episodes, CONTROLLER, PRIOR)
+    found = calibration.measure_calibration(fitted, unseen.episodes, CONTROLLER, PRIOR)
     for situation in ("start", "run", "run_without_floor"):
         for level, covered in found[situation]["coverage"].items():
             # 200 tasks, whose runs share most of their luck: two standard errors of a share are 0.07.
@@ -153,20 +153,20 @@ def test_intervals_cover_what_they_say_on_unseen_domains(fitted: OutcomeModel, u
     assert found["run"]["crps"] < 0.7 * found["start"]["crps"]
 
 
-def test_the_floor_tells_apart_what_the_run_shares(fitted: OutcomeModel, rows: fitting.OutcomeRows):
+def test_the_floor_tells_apart_what_the_run_shares(fitted: OutcomeModel, rows: outcome_rows.OutcomeRows):
     start, run = fitted.predict(rows.inputs[:, 0]).std.mean(), fitted.predict(rows.inputs[:, 1]).std.mean()
-    blind = fitted.predict(fitting.withhold_floor(rows.inputs[:, 1])).std.mean()
+    blind = fitted.predict(outcome_rows.withhold_floor(rows.inputs[:, 1])).std.mean()
     assert run < 0.75 * start
     assert blind > 0.8 * start  # nothing else in these episodes tells
 
 
-def test_luck_of_task_and_run_are_told_apart(fitted: OutcomeModel, rows: fitting.OutcomeRows):
+def test_luck_of_task_and_run_are_told_apart(fitted: OutcomeModel, rows: outcome_rows.OutcomeRows):
     _, own, shared = fitted.members(rows.inputs[:, 0])
     assert own.mean() == pytest.approx(NOISE, rel=0.4)
     assert shared.mean() == pytest.approx(LEVEL, rel=0.4)
 
 
-def test_an_improvement_is_far_more_certain_than_an_outcome(fitted: OutcomeModel, rows: fitting.OutcomeRows):
+def test_an_improvement_is_far_more_certain_than_an_outcome(fitted: OutcomeModel, rows: outcome_rows.OutcomeRows):
     one, other = rows.inputs[::2, 0], rows.inputs[1::2, 0]  # of one task
     predicted = fitted.improvement(one, other)
     assert predicted.std.mean() < 0.75 * fitted.predict(one).std.mean()
@@ -178,7 +178,7 @@ def test_an_improvement_is_far_more_certain_than_an_outcome(fitted: OutcomeModel
     assert (real[better < 0.1] < 0).mean() > 0.85
 
 
-def test_it_knows_less_far_outside(fitted: OutcomeModel, rows: fitting.OutcomeRows):
+def test_it_knows_less_far_outside(fitted: OutcomeModel, rows: outcome_rows.OutcomeRows):
     inside = rows.inputs[:200, 0]
     outside = inside.copy()
     outside[:, [NAMES.index(f"start_{name}") for name in CONTROLLED]] *= 12.0
@@ -277,7 +277,7 @@ def test_the_score_is_the_integral_of_the_squared_difference_of_distributions():
             integrate.quad(lambda x, past=past: (past - predicted.probability_above(x)) ** 2, *bounds, limit=200)[0]
             for past, bounds in ((1.0, (-10.0, outcome)), (0.0, (outcome, 10.0)))
         )
-        assert fitting.crps(predicted, np.array(outcome)) == pytest.approx(below + above, abs=1e-5)
+        assert calibration.crps(predicted, np.array(outcome)) == pytest.approx(below + above, abs=1e-5)
 
 
 def test_rank_correlations_are_those_of_scipy_where_nothing_ties_throughout():
@@ -286,8 +286,8 @@ def test_rank_correlations_are_those_of_scipy_where_nothing_ties_throughout():
     predicted[:4, 1] = outcome[4:8] = 0.0
     tasks = [np.arange(4), np.arange(4, 8), np.array([8])]
     expected = stats.spearmanr(predicted[:4, 0], outcome[:4]).statistic
-    assert fitting._spearman(predicted, outcome, tasks) == pytest.approx(expected)
-    assert np.isnan(fitting._spearman(predicted, outcome, tasks[1:]))
+    assert calibration._spearman(predicted, outcome, tasks) == pytest.approx(expected)
+    assert np.isnan(calibration._spearman(predicted, outcome, tasks[1:]))
 
 
 # Rows
@@ -314,7 +314,7 @@ def rolled(config: ControllerConfig, acting: PolicyParams, prior: Prior) -> tupl
 
 
 def test_the_floor_follows_from_the_rewards(rolled: tuple[Episode, np.ndarray]):
-    np.testing.assert_allclose(fitting.validation_floor(rolled[0]), np.array([0.03, 0.08])[TASK], rtol=1e-4)
+    np.testing.assert_allclose(outcome_rows.validation_floor(rolled[0]), np.array([0.03, 0.08])[TASK], rtol=1e-4)
 
 
 def test_penalties_are_no_part_of_the_floor():
@@ -322,7 +322,7 @@ def test_penalties_are_no_part_of_the_floor():
     run, reward = episodes.run.copy(), episodes.reward.copy()
     run[0, 1, GLOBAL_FEATURES.index("loss_not_finite")] = 1.0
     reward[0, 1] -= NONFINITE_PENALTY
-    found = fitting.validation_floor(episodes._replace(run=run, reward=reward))
+    found = outcome_rows.validation_floor(episodes._replace(run=run, reward=reward))
     np.testing.assert_allclose(found, FLOOR, rtol=1e-6)
 
 
@@ -332,13 +332,13 @@ def test_simulated_domains_are_told_apart():
         SimpleNamespace(names=("simulated", "movies")),
     ]
     chunks = [make_chunk(index, 4, task=TASK, initialization=0, num_start=len(CONTROLLED)) for index in range(2)]
-    names = fitting.episode_domains(SimpleNamespace(pools=pools), chunks)  # type: ignore[arg-type]
+    names = outcome_rows.episode_domains(SimpleNamespace(pools=pools), chunks)  # type: ignore[arg-type]
     assert names == ["movies", "simulated/0/1"] * 4 + ["simulated/1/0", "movies"] * 4
 
 
 def test_rows_of_rollouts(rolled: tuple[Episode, np.ndarray], config: ControllerConfig, prior: Prior):
     episodes, starts = rolled
-    rows = fitting.outcome_rows(episodes, config, prior)
+    rows = outcome_rows.outcome_rows(episodes, config, prior)
     names = input_names(config)
     assert rows.inputs.shape == (CHUNK, config.num_decisions, len(names))
     assert np.isfinite(rows.inputs).all()
@@ -368,7 +368,7 @@ def test_a_run_that_reported_nothing_has_no_validation():
     run = made.episodes.run.copy()
     run[0, 0, GLOBAL_FEATURES.index("validation_missing")] = 1.0
     run[1, :, GLOBAL_FEATURES.index("validation_missing")] = 1.0
-    rows = fitting.outcome_rows(made.episodes._replace(run=run), CONTROLLER, PRIOR)
+    rows = outcome_rows.outcome_rows(made.episodes._replace(run=run), CONTROLLER, PRIOR)
     assert rows.inputs[:3, :, FLOOR_KNOWN].tolist() == [[0, 0, 1], [0, 0, 0], [0, 1, 1]]
 
 
@@ -376,7 +376,7 @@ def test_a_lost_run_has_the_outcome_of_no_metric_and_no_floor():
     made = make_episodes(1, 6)
     score, reward = made.episodes.score.copy(), made.episodes.reward.copy()
     score[0] = reward[0, -1] = np.nan
-    rows = fitting.outcome_rows(made.episodes._replace(score=score, reward=reward), CONTROLLER, PRIOR)
+    rows = outcome_rows.outcome_rows(made.episodes._replace(score=score, reward=reward), CONTROLLER, PRIOR)
     assert rows.outcome[0] == pytest.approx(np.log(METRIC_OFFSET / (FLOOR + METRIC_OFFSET)))
     assert np.isfinite(rows.inputs).all()
     assert not rows.inputs[0, :, FLOOR_KNOWN].any()
