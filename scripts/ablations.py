@@ -45,7 +45,8 @@ from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS, PROFILE_DESCRIPTORS, Normalizer
 from metalearn.errors import MetalearnError
 from metalearn.meta_training import warm_start
-from metalearn.meta_training.loop import MetaTrainConfig, iteration_chunks, validation_chunks
+from metalearn.meta_training.config import MetaTrainConfig
+from metalearn.meta_training.loop import iteration_chunks, validation_chunks
 from metalearn.meta_training.ppo import PPO
 from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import RolloutRunner, concatenate, relative_scores

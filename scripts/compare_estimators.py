@@ -46,8 +46,9 @@ from experiment import FULL, QUICK, Size, build_pools
 from metalearn.controller.config import ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
 from metalearn.errors import MetalearnError
+from metalearn.meta_training.config import MetaTrainConfig
 from metalearn.meta_training.es import ESConfig
-from metalearn.meta_training.loop import MetaTrainConfig, meta_train
+from metalearn.meta_training.loop import meta_train
 from provenance import provenance
 
 ESTIMATORS = ("ppo", "es")

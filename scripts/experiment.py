@@ -8,7 +8,7 @@ from pathlib import Path
 from envs.public import load_folder
 from envs.tasks import TaskPool, build_pool
 from envs.vectorized import SMALL, Bucket
-from metalearn.meta_training.loop import MetaTrainConfig
+from metalearn.meta_training.config import MetaTrainConfig
 from metalearn.meta_training.ppo import PPOConfig
 
 

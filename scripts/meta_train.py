@@ -6,7 +6,8 @@
 DIR holds one parquet or CSV file of interactions per domain, and optionally a MANIFEST.json that gives each a role:
 "meta-training" domains are learnt from, "validation" domains choose the iteration that is released. Killed, it resumes.
 `laptop` takes hours on 2 cores and trains the families that 2 cores can train on whole domains; a family that has a
-base in the file and no recipe gets that base, at rest. `gpu` trains all five families, for many times as long.
+base in the file gets that base, at rest, if it has no recipe, or if validation speaks against what was learnt for it.
+`gpu` trains all five families, for many times as long.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,9 @@ from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
 from metalearn.errors import InvalidArgumentError, MetalearnError
 from metalearn.interactions import Interactions
+from metalearn.meta_training.config import ChosenBase, MetaTrainConfig
 from metalearn.meta_training.es import ESConfig
-from metalearn.meta_training.loop import MetaTrainConfig, meta_train
+from metalearn.meta_training.loop import meta_train
 from metalearn.meta_training.model_card import write_model_card
 from metalearn.meta_training.outcome import OutcomeFitConfig
 from metalearn.meta_training.ppo import PPOConfig
@@ -174,7 +176,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of interaction files, one domain each")
     parser.add_argument("--hub", nargs="*", default=[], help="registered names or Hugging Face ids to learn from")
     parser.add_argument("--output", type=Path, default=Path("runs/meta_training"))
-    parser.add_argument("--bases", type=Path, help="base configurations of families that the preset does not train")
+    parser.add_argument(
+        "--bases", type=Path, help="base configurations of families that the preset does not train, or that end at rest"
+    )
     parser.add_argument("--iterations", type=int, help="policy updates, instead of the preset's")
     parser.add_argument("--estimator", choices=("ppo", "es"), default="ppo", help="policy gradients, or evolution")
     parser.add_argument("--seed", type=int, default=0)
@@ -197,8 +201,8 @@ def read_domains(arguments: argparse.Namespace) -> dict[str, dict[str, Interacti
     return real
 
 
-def read_bases(path: Path | None, trained: Sequence[str]) -> tuple[tuple[str, bool, tuple[float, ...]], ...]:
-    """Reads bases, family to "known" and "unknown" to values by hyperparameter, but of the families to be trained.
+def read_bases(path: Path | None) -> tuple[ChosenBase, ...]:
+    """Reads bases, family to "known" and "unknown" to values by hyperparameter.
 
     Raises:
       InvalidArgumentError: the file is none of scripts/choose_base.py.
@@ -209,7 +213,7 @@ def read_bases(path: Path | None, trained: Sequence[str]) -> tuple[tuple[str, bo
         return tuple(
             (family, horizon == "known", tuple(float(values[name]) for name in CONTROLLED))
             for family, horizons in json.loads(path.read_text())["bases"].items()
-            if family not in (*trained, "other")
+            if family != "other"
             for horizon, values in sorted(horizons.items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -251,9 +255,15 @@ def main() -> None:
     arguments = parse()
     began = time.monotonic()
     preset = PRESETS[arguments.preset]
-    bases = read_bases(arguments.bases, preset.families)
-    others = tuple(dict.fromkeys(family for family, *_ in bases))
-    config = preset.config(seed=arguments.seed, bases=bases, es=ESConfig() if arguments.estimator == "es" else None)
+    bases = read_bases(arguments.bases)
+    given = tuple(base for base in bases if base[0] not in preset.families)
+    others = tuple(dict.fromkeys(family for family, *_ in given))
+    config = preset.config(
+        seed=arguments.seed,
+        bases=given,
+        resting_bases=tuple(base for base in bases if base not in given),
+        es=ESConfig() if arguments.estimator == "es" else None,
+    )
     config = replace(config, num_iterations=arguments.iterations or config.num_iterations)
     real = read_domains(arguments)
     pools, validation_pools = build_pools(arguments, real)

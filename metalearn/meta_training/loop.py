@@ -9,23 +9,23 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from metalearn.controller.checkpoint import Checkpoint, flatten, save_checkpoint
+from metalearn.controller.checkpoint import Checkpoint, save_checkpoint
 from metalearn.controller.config import CONTROLLED, ControllerConfig
-from metalearn.errors import InvalidArgumentError, SessionError
+from metalearn.errors import SessionError
 from metalearn.meta_training import warm_start
-from metalearn.meta_training.es import ESConfig
+from metalearn.meta_training.config import KNOWN, MetaTrainConfig
 from metalearn.meta_training.estimator import Estimator, make_estimator
-from metalearn.meta_training.outcome import OutcomeFitConfig, fit_outcome
+from metalearn.meta_training.outcome import fit_outcome
 from metalearn.meta_training.outcome_rows import episode_domains
 from metalearn.meta_training.persistence import Persistence
-from metalearn.meta_training.ppo import PPOConfig
+from metalearn.meta_training.release import released, with_bases
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior
 from metalearn.meta_training.runner import (
     CHUNK,
@@ -38,83 +38,6 @@ from metalearn.meta_training.runner import (
 )
 
 Log = Callable[[dict[str, Any]], None]
-KNOWN = 0.75
-"""Weight of runs that know their horizon in what validation says."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MetaTrainConfig:
-    """Settings of a meta-training run; written into the checkpoint.
-
-    Args:
-      seed: of everything.
-      num_iterations: policy updates.
-      groups_per_pool: groups of rollouts of each pool in an iteration.
-      epochs_range: the log-uniform range of a run's epochs.
-      steps_range: of each pool, the fewest and the most optimizer steps per interval, whatever the epochs.
-      search_tasks, search_configurations: of each pool, the size of the search for the base.
-      bases: of some families, (family, whether the horizon is known, values of `CONTROLLED`): chosen elsewhere, by runs
-        on whole domains, in place of what the search predicts.
-      told_share: share of episodes whose horizon the controller knows.
-      family_told_share: share of episodes whose model family it knows.
-      single_group_share: share of episodes with all parameters in one group.
-      wrong_horizon_share: share of the horizons told that are wrong, by up to a factor of two.
-      kept_share: share of episodes in which the loop keeps a hyperparameter to itself, at the optimizer's own value; of
-        each but the learning rate.
-      validate_every: iterations between evaluations on the validation pools.
-      validation_episodes: of each validation pool.
-      patience: evaluations without improvement before the run stops.
-      ppo: of proximal policy optimisation.
-      es: of evolution strategies, which then are the estimator in place of PPO; None for PPO.
-      outcome_rounds: iterations' worth of episodes that the outcome model is fitted on.
-      outcome: of its fit.
-    """
-
-    seed: int = 0
-    num_iterations: int = 80
-    groups_per_pool: tuple[int, ...]
-    epochs_range: tuple[float, float] = (1.0, 32.0)
-    steps_range: tuple[tuple[int, int], ...]
-    search_tasks: tuple[int, ...]
-    search_configurations: tuple[int, ...]
-    bases: tuple[tuple[str, bool, tuple[float, ...]], ...] = ()
-    told_share: float = 0.75
-    family_told_share: float = 0.85
-    single_group_share: float = 0.3
-    wrong_horizon_share: float = 0.15
-    kept_share: float = 0.1
-    validate_every: int = 10
-    validation_episodes: int = 16
-    patience: int = 8
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    es: ESConfig | None = None
-    outcome_rounds: int = 6
-    outcome: OutcomeFitConfig = field(default_factory=OutcomeFitConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("num_iterations", "validate_every", "validation_episodes", "patience", "outcome_rounds"):
-            if getattr(self, name) < 1:
-                raise InvalidArgumentError(f"`{name}` must be a positive int, got {getattr(self, name)}")
-        if not 0.0 < self.epochs_range[0] <= self.epochs_range[1] < np.inf:
-            raise InvalidArgumentError(f"`epochs_range` must be low and high, both above 0, got {self.epochs_range}")
-        if self.es is None and sum(self.groups_per_pool) % self.ppo.num_minibatches:
-            raise InvalidArgumentError(
-                f"`groups_per_pool` must sum to a multiple of {self.ppo.num_minibatches} minibatches, "
-                f"got {self.groups_per_pool}"
-            )
-
-    @property
-    def estimator(self) -> PPOConfig | ESConfig:
-        """Settings of the estimator in use."""
-        return self.ppo if self.es is None else self.es
-
-    def identity(self) -> dict[str, Any]:
-        """Returns what a run must share with another to be taken up.
-
-        Not its length, nor the estimator not in use, nor what comes after the last iteration.
-        """
-        free = {"num_iterations", "patience", "outcome_rounds", "outcome", "es" if self.es is None else "ppo"}
-        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -257,9 +180,7 @@ def prepare(
     )
     record: dict[str, Any] = {"phase": "search", "trials": len(result.score), "seconds": time.monotonic() - began}
     bases, gains = warm_start.choose_bases(result, controller, seed=config.seed)
-    for name, known, chosen in config.bases:
-        encoded = [controller.space[n].encode(value) for n, value in zip(CONTROLLED, chosen, strict=True)]
-        bases[controller.family_index(name), int(known)] = encoded
+    bases = with_bases(bases, controller, config.bases)
     for family, told in np.ndindex(gains.shape):
         label = f"base/{(*controller.families, 'other')[family - 1]}/{'known' if told else 'unknown'}"
         decoded = zip(CONTROLLED, bases[family, told].tolist(), strict=True)
@@ -351,14 +272,14 @@ def meta_train(
                 _validate(config, validation_runner, state, baseline, log)
                 persistence.save(state)
                 if state.best_iteration == state.iteration:
-                    save_checkpoint(_released(state, config, controller, provenance), directory / "best.safetensors")
+                    save_checkpoint(released(state, config, controller, provenance), directory / "best.safetensors")
             if state.iteration >= config.num_iterations or state.stale >= config.patience:
                 break
             _iterate(config, estimator, runner, state, log)
-    released = _released(state, config, controller, provenance)
+    checkpoint = released(state, config, controller, provenance)
     outcome, record = _fit_outcome(config, (runner, validation_runner), state)
     log({"phase": "outcome model", **record})
-    return replace(released, outcome=outcome, provenance={**released.provenance, "outcome": record})
+    return replace(checkpoint, outcome=outcome, provenance={**checkpoint.provenance, "outcome": record})
 
 
 def _fit_outcome(
@@ -419,43 +340,6 @@ def _gates(params: PolicyParams) -> dict[str, float]:
     """Returns, per hyperparameter, how much of a domain's modifier transfers, 0 to 1."""
     gate = 1.0 / (1.0 + np.exp(-np.asarray(params.network["gate"], np.float64)))
     return {f"gate/{name}": float(value) for name, value in zip(CONTROLLED, gate, strict=True)}
-
-
-def with_harmed_at_rest(controller: ControllerConfig, validation: dict[str, float]) -> ControllerConfig:
-    """Puts at rest the families that did worse than their base on validation domains.
-
-    Args:
-      controller: architecture.
-      validation: mean gains over the base, by whether the horizon was known, family and size of the pool.
-    """
-
-    def gain(family: str, horizon: str) -> float:
-        of_pools = [
-            gain for name, gain in validation.items() if name.startswith(f"validation/gain/{horizon}/{family}/")
-        ]
-        return float(np.mean(of_pools)) if of_pools else np.inf
-
-    harmed = [f for f in controller.families if KNOWN * gain(f, "known") + (1 - KNOWN) * gain(f, "unknown") < 0.0]
-    return replace(controller, at_rest=tuple(dict.fromkeys((*controller.at_rest, *harmed))))
-
-
-def _released(
-    state: MetaTrainState, config: MetaTrainConfig, controller: ControllerConfig, provenance: dict[str, Any]
-) -> Checkpoint:
-    """Makes a checkpoint of the iteration that validated best."""
-    return Checkpoint(
-        config=with_harmed_at_rest(controller, state.best_log),
-        network=flatten(jax.tree.map(np.asarray, state.best.network)),
-        base=np.asarray(state.prior.base),
-        normalizer=jax.tree.map(np.asarray, state.prior.normalizer),
-        provenance={
-            **provenance,
-            "meta_training": asdict(config),
-            "best_iteration": state.best_iteration,
-            "episodes": state.best_iteration * CHUNK * sum(config.groups_per_pool),
-            "validation": state.best_log,
-        },
-    )
 
 
 def _validate(

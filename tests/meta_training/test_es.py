@@ -17,9 +17,10 @@ from scipy.stats import rankdata
 
 from metalearn.controller import CONTROLLED, ControllerConfig
 from metalearn.errors import InvalidArgumentError
+from metalearn.meta_training.config import MetaTrainConfig
 from metalearn.meta_training.environment import Status
 from metalearn.meta_training.es import ESConfig, ESState, EvolutionStrategies, accumulate, estimate, shaped
-from metalearn.meta_training.loop import MetaTrainConfig, meta_train
+from metalearn.meta_training.loop import meta_train
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, Window, make_chunk
 from tests.meta_training.toy import ToyEnvironment, ToyPool

@@ -10,9 +10,9 @@ import pytest
 
 from metalearn.controller import CONTROLLED, ControllerConfig
 from metalearn.meta_training import ppo
+from metalearn.meta_training.config import MetaTrainConfig
 from metalearn.meta_training.es import ESConfig, EvolutionStrategies
 from metalearn.meta_training.estimator import make_estimator
-from metalearn.meta_training.loop import MetaTrainConfig
 from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, make_chunk
 from tests.meta_training.toy import ToyPool

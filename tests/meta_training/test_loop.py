@@ -18,16 +18,11 @@ from metalearn.controller import CONTROLLED, Checkpoint, Controller, ControllerC
 from metalearn.controller.observation import DESCRIPTORS
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.meta_training import ppo
-from metalearn.meta_training.loop import (
-    MetaTrainConfig,
-    evaluate,
-    iteration_chunks,
-    meta_train,
-    validation_chunks,
-    with_harmed_at_rest,
-)
+from metalearn.meta_training.config import MetaTrainConfig
+from metalearn.meta_training.loop import evaluate, iteration_chunks, meta_train, validation_chunks
 from metalearn.meta_training.model_card import write_model_card
 from metalearn.meta_training.outcome import OutcomeFitConfig
+from metalearn.meta_training.release import with_bases, with_harmed_at_rest
 from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner
 from tests.intervals import make_interval, make_profile
@@ -301,3 +296,13 @@ def test_a_family_that_validation_speaks_against_is_released_at_rest():
     validation = {f"validation/gain/{name}": gain for name, gain in gains.items()}
     assert with_harmed_at_rest(controller, validation).at_rest == ("given", "harmed")
     assert with_harmed_at_rest(controller, {}).at_rest == ("given",)
+
+
+def test_chosen_bases_replace_those_of_their_family_and_horizon_only():
+    controller = ControllerConfig(descriptors=DESCRIPTORS, families=("one", "other"))
+    before = np.full((3, 2, len(CONTROLLED)), 0.5, np.float32)
+    after = with_bases(before, controller, [("other", True, (0.01, 0.1, 0.9, 0.2))])
+    decoded = [controller.space[name].decode(float(u)) for name, u in zip(CONTROLLED, after[2, 1], strict=True)]
+    assert decoded == pytest.approx([0.01, 0.1, 0.9, 0.2], rel=1e-5)
+    assert (before == 0.5).all()
+    assert (after != 0.5).all(axis=2).tolist() == [[False, False], [False, False], [False, True]]

@@ -1,0 +1,66 @@
+"""From a meta-training run to the checkpoint that is released."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from metalearn.controller.checkpoint import Checkpoint, flatten
+from metalearn.controller.config import CONTROLLED, ControllerConfig
+from metalearn.meta_training.config import KNOWN, ChosenBase, MetaTrainConfig
+from metalearn.meta_training.runner import CHUNK
+
+if TYPE_CHECKING:
+    from metalearn.meta_training.loop import MetaTrainState
+
+
+def with_bases(bases: np.ndarray, controller: ControllerConfig, chosen: Sequence[ChosenBase]) -> np.ndarray:
+    """Returns bases [1 + families, 2, S], in unit ranges, with those that were chosen put in."""
+    bases = bases.copy()
+    for family, known, values in chosen:
+        encoded = [controller.space[name].encode(value) for name, value in zip(CONTROLLED, values, strict=True)]
+        bases[controller.family_index(family), int(known)] = encoded
+    return bases
+
+
+def with_harmed_at_rest(controller: ControllerConfig, validation: dict[str, float]) -> ControllerConfig:
+    """Puts at rest the families that did worse than their base on validation domains.
+
+    Args:
+      controller: architecture.
+      validation: mean gains over the base, by whether the horizon was known, family and size of the pool.
+    """
+
+    def gain(family: str, horizon: str) -> float:
+        of_pools = [
+            gain for name, gain in validation.items() if name.startswith(f"validation/gain/{horizon}/{family}/")
+        ]
+        return float(np.mean(of_pools)) if of_pools else np.inf
+
+    harmed = [f for f in controller.families if KNOWN * gain(f, "known") + (1 - KNOWN) * gain(f, "unknown") < 0.0]
+    return replace(controller, at_rest=tuple(dict.fromkeys((*controller.at_rest, *harmed))))
+
+
+def released(
+    state: MetaTrainState, config: MetaTrainConfig, controller: ControllerConfig, provenance: dict[str, Any]
+) -> Checkpoint:
+    """Makes a checkpoint of the iteration that validated best."""
+    controller = with_harmed_at_rest(controller, state.best_log)
+    resting = [chosen for chosen in config.resting_bases if chosen[0] in controller.at_rest]
+    return Checkpoint(
+        config=controller,
+        network=flatten(jax.tree.map(np.asarray, state.best.network)),
+        base=with_bases(np.asarray(state.prior.base), controller, resting),
+        normalizer=jax.tree.map(np.asarray, state.prior.normalizer),
+        provenance={
+            **provenance,
+            "meta_training": asdict(config),
+            "best_iteration": state.best_iteration,
+            "episodes": state.best_iteration * CHUNK * sum(config.groups_per_pool),
+            "validation": state.best_log,
+        },
+    )
