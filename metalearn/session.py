@@ -21,7 +21,7 @@ from metalearn.controller.config import ROLES
 from metalearn.controller.deciding import Course, Stamp, event_decision, start_decision, step_decision
 from metalearn.controller.decision import Decision, DecisionStatus, Mode
 from metalearn.controller.forecast import forecast_risk
-from metalearn.controller.modes import Advisor, Taken, consents, settle, shadowed
+from metalearn.controller.modes import Advisor, Taken, consents, settle, shadowed, told
 from metalearn.controller.placing import (
     arrays,
     controls,
@@ -170,11 +170,19 @@ class Session:
         steps = np.arange(first, first + count, dtype=np.float64)
         return schedule_multiplier(steps / self.horizon, np).tolist()
 
-    def tell(self, statistics: IntervalStatistics) -> Decision:
+    def tell(
+        self,
+        statistics: IntervalStatistics,
+        *,
+        worsening: Mapping[str, int] | None = None,
+        notes: Sequence[str] = (),
+    ) -> Decision:
         """Takes in one interval's statistics and decides anew.
 
         Args:
           statistics: with [G] values for this session's groups; NaN where not measured.
+          worsening: hyperparameter to the direction in which the guard holds it, since it would worsen a constraint.
+          notes: sentences that come first among the decision's reasons.
 
         Raises:
           InvalidArgumentError: the statistics are for another number of groups, or of no step; or the advisor's answer
@@ -195,6 +203,9 @@ class Session:
             trust = self._trust * self._guard.lead
             moment = Moment(self._hidden, group, run, features, group_action, run_action, trust)
             frame = as_it_stands(self._frame, self._guard)
+            if worsening:
+                directions = [worsening.get(name, 0) for name in self._setting.hyperparameters]
+                frame = replace(frame, worsening=np.array(directions))
             course = Course(self._position, self._position) if statistics.nonfinite > 0 else self._course(frame)
             proposal = self._propose(moment, course.around, frame, float(statistics.nonfinite))
         verdict = judge(proposal, self._rules)
@@ -219,6 +230,8 @@ class Session:
             setting=self._setting,
             around=course.around,
         )
+        if notes:
+            decision = told(decision, "; ".join(notes))
         # Nothing above has changed the session: an advisor that raises leaves it as it was.
         moved = flat_values(position) - proposal.current
         self._past.append(Past(decision.index, steps, group, run, moved, moment.validation_change))

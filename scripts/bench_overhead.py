@@ -1,28 +1,36 @@
-"""Measures what the controller costs a training run: the same training with and without it, turn by turn.
+"""Measures what the controller costs a training run: by framework and by model, with and without it in one run.
 
-    python scripts/bench_overhead.py           # about 3 minutes on 2 cores
-    python scripts/bench_overhead.py --quick   # under a minute
+    python scripts/bench_overhead.py           # about 10 minutes on 2 cores, 2 GB of memory
+    python scripts/bench_overhead.py --quick   # under a minute: each model in a plain loop, each framework on one
 
-The quickstart's model on the bundled domain, AdamW over two groups. Two runs from one seed take turns every ten
-steps, the order alternating; so whatever else the machine does slows both alike. Many pairs of runs are made, since
-where memory lies matters too. The one without the controller is given the hyperparameters that the other has in force:
-what is compared is the cost of the controller, not of its choices (dropout and denormal moments cost time too).
-Decisions and probes are included, validation is not.
+BPR matrix factorisation (the quickstart's), two towers, self-attention and a DLRM-like model with a table of 20 million
+rows, in a plain loop and under each framework that is installed. A run takes turns with itself every ten steps: with
+the controller, and without it at the same hyperparameters (`overhead_loops.py`). Decisions and probes are included,
+validation is not.
 
 Every step is timed. On a busy machine some are interrupted, so sums would compare interruptions: of ordinary steps the
-interquartile mean of the ratios of neighbouring turns counts, of an interval's last two, which hold the probe and the
-decision, the median.
+interquartile mean of the turns' ratios to their neighbours counts, of an interval's first and last two, which hold the
+decision and the probe, the median. `cpu_overhead_percent` is the same of the thread's processor time, which other
+processes disturb less.
 
-The last line is JSON. Target: less than 2 %.
+Memory is what the scheduler holds: in percent of what model, gradients and optimizer hold, and of the process.
+
+`safety_overhead_percent` is what guard, audit log and snapshots every ten intervals cost together: intervals with them
+and without take turns.
+
+The last line is JSON. Targets: less than 1 %, no host syncs, a policy's p99 under 150 microseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import json
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,22 +39,40 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from overhead_figures import SNAPSHOTS_EVERY, overhead, safety_overhead
+from overhead_loops import LOOPS, Step, Turns
+from overhead_memory import held_bytes, resident_bytes, trained_bytes
+from overhead_workloads import WORKLOADS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metalearn
 import metalearn.torch.monitor
 from envs.domains import Domain
 from envs.public import load_bundled
-from envs.recommenders import MatrixFactorization, TripleSampler
-from envs.recommenders.training import TrainingSettings
 from metalearn.errors import MetalearnError
-from metalearn.torch import MetaScheduler
+from metalearn.torch import MetaScheduler, RollbackConfig
 from provenance import provenance
 
-TURN = 10
-"""Steps that a run takes before it is the other's turn."""
-METRIC = 0.1
-"""What is reported in place of a validation, which costs the same on both sides."""
+HORIZON = 3000
+"""Optimizer steps of the run that is begun; the quickstart's."""
+FIRST_INTERVAL = 1
+"""The one before warms up processor and allocator, and may end in another interval."""
+SHORT_INTERVAL = 30
+"""Steps, where there is little time; a decision then has a larger share."""
+MOST_SECONDS = 20
+"""For decisions to be timed one by one, whatever their number."""
+FIGURES = (
+    "overhead_percent",
+    "cpu_overhead_percent",
+    "host_syncs_per_step",
+    "decision_p99_us",
+    "policy_p99_us",
+    "memory_percent",
+    "process_percent",
+)
+"""That are told by framework and model."""
+OVERALL = ("plain", "bpr_mf")
+"""What the figures without a name are of."""
 
 
 class HostReads(TorchDispatchMode):
@@ -64,210 +90,235 @@ class HostReads(TorchDispatchMode):
         return result
 
 
-@dataclass(kw_only=True, eq=False)
-class Run:
-    """One of the two runs; `scheduler` is None in the one without the controller."""
-
-    model: MatrixFactorization
-    optimizer: torch.optim.Optimizer
-    sampler: TripleSampler
-    scheduler: MetaScheduler | None
-    random_state: torch.Tensor = field(default_factory=torch.get_rng_state)
-
-    def train(self, steps: int) -> np.ndarray:
-        """Takes some steps; returns the wall-clock seconds of each."""
-        model, optimizer, sampler, scheduler = self.model, self.optimizer, self.sampler, self.scheduler
-        torch.set_rng_state(self.random_state)
-        times = [time.perf_counter()]
-        for _ in range(steps):
-            loss = model(*sampler.next())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if scheduler is not None:
-                scheduler.step(loss)
-                if scheduler.should_validate:
-                    scheduler.report(METRIC)
-            times.append(time.perf_counter())
-        self.random_state = torch.get_rng_state()
-        return np.diff(times)
-
-    def follow(self, scheduler: MetaScheduler, index: int) -> None:
-        """Takes over the hyperparameters that a scheduler has in force in one of its intervals."""
-        decision = scheduler.decisions[index]
-        multiplier = scheduler.multiplier(decision.step + scheduler.interval // 2)
-        for group, values in zip(self.optimizer.param_groups, decision.groups, strict=True):
-            group["lr"] = values["learning_rate"] * multiplier
-            group["weight_decay"] = values["weight_decay"]
-            group["betas"] = (values["beta1"], group["betas"][1])
-        self.model.dropout.p = decision.run["dropout"]
+def clocks() -> tuple[float, float]:
+    """Returns wall-clock seconds and processor seconds of this thread."""
+    return time.perf_counter(), time.thread_time()
 
 
-def start(
-    domain: Domain,
-    settings: TrainingSettings,
-    controller: metalearn.Controller | None,
-    *,
-    seed: int,
-    interval: int | None = None,
-) -> Run:
-    """Starts a run, with or without a controller."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    model = MatrixFactorization(domain.num_users, domain.num_items, settings.dim, generator=generator)
-    optimizer = torch.optim.AdamW(model.parameter_groups())
-    scheduler = None
-    if controller is not None:
-        scheduler = MetaScheduler(
-            optimizer,
-            model=model,
-            domain=domain.profile,
-            horizon=settings.steps,
-            batch_size=settings.batch_size,
-            interval=interval,
-            controller=controller,
-        )
-    sampler = TripleSampler(domain.train, settings.batch_size, seed=seed)
-    return Run(model=model, optimizer=optimizer, sampler=sampler, scheduler=scheduler)
-
-
-def turns(interval: int) -> list[np.ndarray]:
-    """Splits the steps of an interval into turns."""
-    return np.array_split(np.arange(interval), max(1, interval // TURN))
-
-
-def take_turns(
-    domain: Domain, settings: TrainingSettings, controller: metalearn.Controller, *, seed: int, intervals: int
-) -> tuple[np.ndarray, float]:
-    """Trains both runs for some intervals.
-
-    Returns:
-      Seconds, [interval, without or with, step], and those that the scheduler itself says it took.
-    """
-    if seed % 2:  # where a run's memory lies can slow it by a percent, so neither is always the first to be made
-        steered, plain = (start(domain, settings, which, seed=seed) for which in (controller, None))
-    else:
-        plain, steered = (start(domain, settings, which, seed=seed) for which in (None, controller))
-    assert steered.scheduler is not None
-    interval = steered.scheduler.interval
-    seconds = np.zeros((intervals, 2, interval))
-    for index in range(len(seconds)):
-        plain.follow(steered.scheduler, index)
-        for turn, steps in enumerate(turns(interval)):
-            for which in (0, 1) if (index + turn) % 2 else (1, 0):
-                seconds[index, which, steps] = (plain, steered)[which].train(len(steps))
-    return seconds, steered.scheduler.host_seconds
-
-
-def count_host_reads(domain: Domain, settings: TrainingSettings, controller: metalearn.Controller) -> float:
+def count_host_reads(start: Callable[[Turns], None], make: Callable[..., Turns]) -> float:
     """Returns how many more tensors a step reads back with the controller than without, decisions left out.
 
     The monitor is made to treat tensors as if they lay on an accelerator: of a CPU's it reads the loss, since there is
     nothing to wait for.
     """
-    counts = []
-    with mock.patch.object(metalearn.torch.monitor, "HOST_DEVICES", ()):
-        for which in (None, controller):
-            run = start(domain, settings, which, seed=0, interval=50)
-            with HostReads() as reads:
-                run.train(49)  # the interval's probe included, its decision not
-            counts.append(reads.count)
-    return (counts[1] - counts[0]) / 49
+    with mock.patch.object(metalearn.torch.monitor, "HOST_DEVICES", ()), HostReads() as reads:
+        turns = make(lambda: (reads.count,), intervals=2)
+        start(turns)
+    means = [
+        np.mean([step.figures[0] for step in turns.steps if step.turn % 2 == side and not decides(step)])
+        for side in (0, 1)
+    ]
+    return float(means[1] - means[0])
 
 
-def time_decisions(
-    domain: Domain, settings: TrainingSettings, controller: metalearn.Controller, count: int
-) -> np.ndarray:
-    """Returns the seconds of `count` decisions: statistics read back, features, policy, guard, reasons."""
-    run = start(domain, settings, controller, seed=0, interval=2)
-    scheduler = run.scheduler
-    assert scheduler is not None
-    seconds = np.zeros(count)
-    for index in range(count):
-        for _ in range(2):
-            loss = run.model(*run.sampler.next())
-            loss.backward()
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-            scheduler.step(loss)
-        began = time.perf_counter()
-        scheduler.report(METRIC)
-        seconds[index] = time.perf_counter() - began
-    return seconds
+def decides(step: Step) -> bool:
+    """Says whether a decision may fall into a step."""
+    return step.position in (0, step.length - 1)
 
 
-def middle(values: np.ndarray) -> np.ndarray:
-    """Returns interquartile means over the last axis."""
-    cut = values.shape[-1] // 4
-    return np.sort(values, axis=-1)[..., cut : values.shape[-1] - cut].mean(-1)
+def time_decisions(start: Callable[[Turns], None], make: Callable[..., Turns], count: int) -> tuple[np.ndarray, ...]:
+    """Returns seconds of decisions, made in training: whole ones (statistics read back, features, policy, guard), and
+    those of the policy in them.
+    """
+    seconds: dict[str, list[float]] = {"decision": [], "policy": []}
+
+    def timed(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*arguments, **keywords)
+            seconds[name].append(time.perf_counter() - began)
+            return result
+
+        return call
+
+    decide, act = MetaScheduler._decide, metalearn.controller.runtime.NumpyNetwork.act
+    with (
+        mock.patch.object(MetaScheduler, "_decide", timed(decide, "decision")),
+        mock.patch.object(metalearn.controller.runtime.NumpyNetwork, "act", timed(act, "policy")),
+    ):
+        start(make(clocks, intervals=count, seconds=MOST_SECONDS, switches=False))
+    return tuple(np.array(row) for row in seconds.values())
 
 
-def overhead(seconds: np.ndarray, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Returns the overhead in percent, and the bounds of its 95 % bootstrap interval over intervals.
+class Bench:
+    """Measures one framework on one model after the other.
 
     Args:
-      seconds: [interval, without or with, step].
+      domain: of the models that learn from interactions.
+      controller: that steers.
+      quick: whether to take fewer steps.
     """
-    interval = seconds.shape[-1]
-    ordinary = np.stack([middle(seconds[..., steps[steps < interval - 2]]) for steps in turns(interval)])
-    extra = (ordinary[..., 1] / ordinary[..., 0] - 1.0).T
-    last = (seconds[:, 1, interval - 2 :] / ordinary[-1, :, :1] - 1.0).T
 
-    def percent(chosen: np.ndarray) -> np.ndarray:
-        usual = middle(extra[chosen].reshape(*chosen.shape[:-1], -1))
-        return 100.0 * ((interval - 2) * usual + np.median(last[:, chosen], axis=-1).sum(0)) / interval
+    def __init__(self, domain: Domain, controller: metalearn.Controller, *, quick: bool) -> None:
+        self._domain, self._controller, self._quick = domain, controller, quick
+        self._rng = np.random.default_rng(0)
 
-    resampled = percent(rng.integers(0, len(seconds), (2000, len(seconds))))
-    low, high = np.quantile(resampled, (0.025, 0.975))
-    return float(percent(np.arange(len(seconds)))), float(low), float(high)
+    def measure(self, framework: str, model: str) -> dict[str, float]:
+        """Returns the figures of a framework on a model."""
+        torch.manual_seed(0)
+        workload = WORKLOADS[model](self._domain)
+        before = resident_bytes()
+
+        def make(read: Callable[[], tuple[float, ...]], **options: Any) -> Turns:
+            return Turns(workload, read, **options)
+
+        def start(turns: Turns, **options: Any) -> None:
+            known = {"domain": self._domain.profile, "batch_size": workload.batch_size, "controller": self._controller}
+            LOOPS[framework](turns, **known, horizon=HORIZON, **options)
+
+        overall, quick = (framework, model) == OVERALL, self._quick
+        turns = make(
+            clocks,
+            intervals=(20 if quick else 150) if overall else 25,
+            seconds=(5 if overall else 1) if quick else (120 if overall else 15),
+        )
+        start(turns, interval=SHORT_INTERVAL if quick and not overall else None)
+        scheduler = turns.scheduler
+        steps = [step for step in turns.steps if step.interval >= FIRST_INTERVAL and step.length == scheduler.interval]
+        percent, low, high = overhead(steps, 0, self._rng)
+        held, trained = held_bytes(scheduler, workload), trained_bytes(workload)
+        process = resident_bytes()
+        syncs = count_host_reads(lambda turns: start(turns, interval=20), make)
+        count = (300 if quick else 1000) if overall else (20 if quick else 100)
+        whole, policy = time_decisions(lambda turns: start(turns, interval=2), make, count)
+        typical = [np.median([step.figures[0] for step in steps if step.turn % 2 == side]) for side in (0, 1)]
+        with_it = sum(step.figures[0] for step in turns.steps if step.turn % 2)
+        return {
+            "overhead_percent": percent,
+            "overhead_low": low,
+            "overhead_high": high,
+            "cpu_overhead_percent": overhead(steps, 1, self._rng)[0],
+            "host_seconds_percent": 100.0 * scheduler.host_seconds / with_it,
+            "host_syncs_per_step": syncs,
+            "decision_p50_us": 1e6 * float(np.median(whole)),
+            "decision_p99_us": 1e6 * float(np.quantile(whole, 0.99)),
+            "policy_p50_us": 1e6 * float(np.median(policy)),
+            "policy_p99_us": 1e6 * float(np.quantile(policy, 0.99)),
+            "steps_per_second_without": 1.0 / float(typical[0]),
+            "steps_per_second_with": 1.0 / float(typical[1]),
+            "interval": scheduler.interval,
+            "intervals": steps[-1].interval - steps[0].interval + 1,
+            "scheduler_bytes": held,
+            "memory_percent": 100.0 * held / trained,
+            "process_percent": 100.0 * held / process,
+            "resident_bytes_before": before,
+        }
+
+    def safety(self) -> dict[str, float]:
+        """Returns what guard, audit log and snapshots cost the quickstart's model."""
+        workload = WORKLOADS[OVERALL[1]](self._domain)
+        with tempfile.TemporaryDirectory() as folder:
+            turns = Turns(workload, clocks, intervals=26 if self._quick else 200, switches=False)
+            saved: list[int] = []
+            run_with_and_without_safety(
+                turns,
+                saved,
+                domain=self._domain.profile,
+                batch_size=workload.batch_size,
+                controller=self._controller,
+                horizon=HORIZON,
+                interval=SHORT_INTERVAL if self._quick else None,
+                decision_log=Path(folder) / "log.jsonl",
+                rollback=RollbackConfig(every=SNAPSHOTS_EVERY),
+            )
+        percent, low, high, whole = safety_overhead(turns.steps, frozenset(saved), self._rng)
+        return {
+            "safety_overhead_percent": percent,
+            "safety_overhead_low": low,
+            "safety_overhead_high": high,
+            "safety_interval_percent": whole,
+            "snapshots": len(saved),
+        }
+
+
+def run_with_and_without_safety(turns: Turns, saved: list[int], **options: Any) -> None:
+    """Trains, every second interval without guard, audit log and snapshots; notes at which steps one was taken."""
+    model, optimizer = turns.workload.model, turns.workload.optimizer
+    scheduler = MetaScheduler(optimizer, model=model, **options)
+    session, log, recovery = scheduler._session, scheduler._log, scheduler._recovery
+    assert recovery is not None
+    parts, save = (session._rules, log._log, recovery), recovery.save
+
+    def noted(*arguments: Any) -> None:
+        save(*arguments)
+        saved.append(len(turns.steps))
+
+    recovery.save = noted  # type: ignore[method-assign]
+    turns.find = lambda: scheduler
+    for batch in turns:
+        safe = scheduler.decision.index % 2 == 0
+        loss = model(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        # The decision that ends an interval, and its record and snapshot, belong to it.
+        session._rules, log._log, scheduler._recovery = parts if safe else ((), None, None)
+        scheduler.step(loss)
+        if scheduler.should_validate:
+            scheduler.report(0.1)
+    scheduler.detach()
+
+
+def chosen_cells(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Returns what is to be measured, and says which framework is missing."""
+    cells = [(framework, model) for framework in arguments.frameworks for model in arguments.models]
+    if arguments.quick:
+        cells = [cell for cell in cells if cell[0] == "plain" or cell[1] == OVERALL[1]]
+    missing = {name for name, _ in cells if name != "plain" and importlib.util.find_spec(name) is None}
+    for name in sorted(missing):
+        print(f"{name} is not installed: left out")
+    return [cell for cell in cells if cell[0] not in missing]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer runs")
+    parser.add_argument("--frameworks", nargs="+", choices=list(LOOPS), default=list(LOOPS))
+    parser.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--controller", type=Path, help="a checkpoint instead of the one that ships")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    controller = metalearn.load_controller(arguments.controller)
-    domain, settings = load_bundled(), TrainingSettings()
-    interval = settings.steps // controller.config.num_decisions
-    start(domain, settings, None, seed=0).train(interval)  # warms up the processor and PyTorch's allocator
-    seeds = range(20 if arguments.quick else 100)
-    runs = [take_turns(domain, settings, controller, seed=seed, intervals=3) for seed in seeds]
-    seconds = np.concatenate([blocks for blocks, _ in runs])
-    rng = np.random.default_rng(0)
-    percent, low, high = overhead(seconds, rng)
-    decisions = 1e6 * time_decisions(domain, settings, controller, 200 if arguments.quick else 1000)
-    step = np.median(seconds, axis=(0, 2))
-    record = {
-        "overhead_percent": percent,
-        "overhead_low": low,
-        "overhead_high": high,
-        "host_seconds_percent": 100.0 * sum(own for _, own in runs) / float(seconds[:, 1].sum()),
-        "host_syncs_per_step": count_host_reads(domain, settings, controller),
-        "decision_p50_us": float(np.median(decisions)),
-        "decision_p99_us": float(np.quantile(decisions, 0.99)),
-        "steps_per_second_without": 1.0 / float(step[0]),
-        "steps_per_second_with": 1.0 / float(step[1]),
-        "interval": interval,
-        "intervals": len(seconds),
-    }
-    print(
-        f"overhead {percent:.2f} % [{low:.2f}, {high:.2f}] of wall-clock time: {len(seconds)} intervals of {interval} "
-        f"steps at {record['steps_per_second_without']:.0f} steps/s"
-    )
-    print(
-        f"a decision every {interval} steps takes {record['decision_p50_us']:.0f} us (p99 "
-        f"{record['decision_p99_us']:.0f}); {record['host_syncs_per_step']:g} host syncs a step between decisions"
-    )
-    figures = {name: round(value, 4) for name, value in record.items()}
+    torch.sparse.check_sparse_tensor_invariants.disable()  # as by default, but without a warning
+    bench = Bench(load_bundled(), metalearn.load_controller(arguments.controller), quick=arguments.quick)
+    by_cell: dict[str, dict[str, float]] = {}
+    for framework, model in chosen_cells(arguments):
+        row = by_cell[f"{framework}/{model}"] = bench.measure(framework, model)
+        gc.collect()
+        print(
+            f"{framework + ' ' + model:23}{row['overhead_percent']:5.2f} % [{row['overhead_low']:.2f}, "
+            f"{row['overhead_high']:.2f}] of {row['steps_per_second_without']:.0f} steps/s, "
+            f"{row['cpu_overhead_percent']:.2f} % of processor time; a decision every {row['interval']} steps, p99 "
+            f"{row['decision_p99_us']:.0f} us, of the policy {row['policy_p99_us']:.0f}; "
+            f"{row['host_syncs_per_step']:g} host syncs a step; {row['scheduler_bytes'] / 1e6:.2f} MB",
+            flush=True,
+        )
+    record: dict[str, Any] = dict(by_cell.get("/".join(OVERALL), {}))
+    if OVERALL[0] in arguments.frameworks and OVERALL[1] in arguments.models:
+        record |= bench.safety()
+        print(f"guard, audit log and snapshots: {record['safety_overhead_percent']:.2f} %")
+    for figure in FIGURES:
+        record |= {f"{figure}_{name.replace('/', '_')}": row[figure] for name, row in by_cell.items()}
+    record = {name: round(float(value), 4) for name, value in record.items()}
     if arguments.output is not None:
-        about = provenance(seeds=[seeds[0], seeds[-1]], threads=arguments.threads)
-        arguments.output.write_text(json.dumps({**figures, "provenance": about}, indent=1) + "\n")
-    print(json.dumps(figures))
+        about = provenance(threads=arguments.threads, frameworks=versions(arguments.frameworks))
+        arguments.output.write_text(json.dumps({**record, "cells": by_cell, "provenance": about}, indent=1) + "\n")
+    print(json.dumps(record))
+
+
+def versions(frameworks: Sequence[str]) -> dict[str, str]:
+    """Returns the versions of the frameworks that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in frameworks:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class RecordKind(StrEnum):
     DRIFT = "drift"
     """an alarm, and the response to it"""
     OVERRIDE = "override"
-    """what a human decided instead"""
+    """what a person, a script or a constraint set instead of the controller, or gave back"""
     OUTCOME = "outcome"
     """how a run or a trial ended: metrics, cost, failure"""
     ERASURE = "erasure"

@@ -19,6 +19,7 @@ for batch in loader:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 try:
@@ -28,8 +29,27 @@ except ImportError as missing:
     raise ImportError("Accelerate is not installed: pip install 'metalearn[accelerate]'") from missing
 
 from metalearn.errors import InvalidArgumentError
-from metalearn.integrations.options import Found, SchedulerOptions, check_options, complete_options, require_one_process
+from metalearn.integrations.options import Found, SchedulerOptions, check_options, complete_options
 from metalearn.torch import MetaScheduler
+
+
+class _Checkpointed:
+    """What Accelerate saves and loads: it writes the first process's state only, so that must hold what all measured.
+
+    Args:
+      scheduler: whose state it is.
+    """
+
+    def __init__(self, scheduler: MetaScheduler) -> None:
+        self._scheduler = scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state of all processes, which Accelerate asks each of them for."""
+        return self._scheduler.state_dict(of_all_ranks=True)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores a state, in every process."""
+        self._scheduler.load_state_dict(state)
 
 
 def prepare_scheduler(
@@ -46,6 +66,9 @@ def prepare_scheduler(
     back, if objects are registered in the same order. With `rollback`, the GradScaler goes back too; pass schedulers
     and loaders as `tracked`.
 
+    In a run of several processes by DDP all make the scheduler, step it and report to it; `batch_size` is what one of
+    them takes for a step. Those that have no metric report None.
+
     Args:
       accelerator: the `Accelerator` that prepared the optimizer.
       optimizer: the prepared one; AdamW inside for the whole effect.
@@ -56,8 +79,8 @@ def prepare_scheduler(
       The scheduler.
 
     Raises:
-      InvalidArgumentError: the optimizer is not prepared or already has a MetaScheduler, there are several processes,
-        or an option is wrong.
+      InvalidArgumentError: the optimizer is not prepared or already has a MetaScheduler, several processes train
+        together in another way than DDP, or an option is wrong.
     """
     checked = check_options(options)
     if not isinstance(accelerator, Accelerator):
@@ -67,7 +90,12 @@ def prepare_scheduler(
             f"`optimizer` must be a prepared one, got {type(optimizer).__name__}; pass what accelerator.prepare(...) "
             "returned: only then parameters lie on their device"
         )
-    require_one_process(accelerator.num_processes, "start one process")
+    kind = str(accelerator.distributed_type.value)
+    if accelerator.num_processes > 1 and not kind.startswith("MULTI_"):
+        raise InvalidArgumentError(
+            f"a run of {accelerator.num_processes} processes by {kind} cannot be steered through Accelerate; let it "
+            "train by DDP, or shard the model by torch.distributed.fsdp.fully_shard in a loop of your own"
+        )
     scaler = accelerator.scaler
     found = Found(tracked=() if scaler is None else (scaler,))
     scheduler = MetaScheduler(
@@ -75,5 +103,5 @@ def prepare_scheduler(
         model=None if model is None else accelerator.unwrap_model(model),
         **complete_options(checked, found),
     )
-    accelerator.register_for_checkpointing(scheduler)
+    accelerator.register_for_checkpointing(_Checkpointed(scheduler))
     return scheduler

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from metalearn.controller.decision import Mode
     from metalearn.controller.modes import Advisor
     from metalearn.profiles import DomainProfile
+    from metalearn.safety.constraints import Constraints
     from metalearn.safety.drift import DriftConfig
     from metalearn.safety.guard import GuardConfig
-    from metalearn.torch import RollbackConfig
+    from metalearn.torch import Handle, RollbackConfig
 
 OPTIONS = tuple(name for name in inspect.signature(MetaScheduler).parameters if name not in ("optimizer", "model"))
 """Keyword arguments of a MetaScheduler that an adapter passes on; optimizer and model are the framework's."""
@@ -37,6 +38,7 @@ class SchedulerOptions(TypedDict, total=False):
     horizon: int | Literal["auto"] | None
     batch_size: int | None
     interval: int | None
+    overhead_budget: float | None
     controller: Controller | str | Path | None
     metric: str | None
     mode: Literal["max", "min"]
@@ -48,6 +50,9 @@ class SchedulerOptions(TypedDict, total=False):
     steering: Mode
     advisor: Advisor | None
     guard: GuardConfig | None
+    constraints: Constraints | None
+    process_group: Any
+    bindings: Sequence[Handle]
 
 
 class Found(NamedTuple):

@@ -22,6 +22,7 @@ from metalearn.safety.rules import (
     cool_down,
     finite_loss,
     finite_values,
+    kept_constraints,
     largest_deviation,
     largest_step,
     mask,
@@ -36,7 +37,7 @@ SMALLEST_STEP_SCALE = 1 / 16
 
 _FIRST: tuple[Rule, ...] = (finite_loss, real_numbers)
 _LIMITS: tuple[Rule, ...] = (largest_step, trust_region, largest_deviation, caps, bounds)
-RULES: tuple[Rule, ...] = (*_FIRST, finite_values, mask, cool_down, *_LIMITS)
+RULES: tuple[Rule, ...] = (*_FIRST, finite_values, mask, cool_down, kept_constraints, *_LIMITS)
 OVERRIDE_RULES: tuple[Rule, ...] = (finite_values, mask, *_LIMITS)
 """What holds for a human's values too, who may go where the policy is barred."""
 

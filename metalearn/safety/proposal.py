@@ -50,6 +50,8 @@ class Proposal:
       deviation: what lies within the largest deviation from the base.
       caps: what the user allows.
       bars: directions barred for now.
+      worsening: [V] direction in which a value would worsen a constraint that is violated, or nearly: 1 up, -1 down, 0
+        neither.
       risk: (values [V], tolerance) to the probability that a run which goes on with them ends worse, by more than the
         tolerance, than one that goes on as it is.
     """
@@ -66,6 +68,7 @@ class Proposal:
     deviation: Region | None = None
     caps: Region | None = None
     bars: tuple[Bar, ...] = ()
+    worsening: np.ndarray | None = None
     risk: Callable[[np.ndarray, float], float] | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,24 +25,6 @@ LEVEL_OF = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Constraints:
-    """What a training run must keep to; None is not watched.
-
-    Args:
-      min_samples_per_second: training throughput over an interval, validation left out; needs `batch_size`.
-      max_memory_bytes: on CUDA what the allocator has reserved, else the resident memory of the process.
-    """
-
-    min_samples_per_second: float | None = None
-    max_memory_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not value > 0:
-                raise InvalidArgumentError(f"`{name}` must be positive or None, got {value!r}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class RollbackConfig:
     """When snapshots are taken, what makes a run go back to the last good one, and where they are kept.
 
@@ -57,14 +39,13 @@ class RollbackConfig:
       loss_ratio: a mean loss so many times its best running level is divergence; above 1.
       validation_noise: a fall of validation is collapse beyond so many standard deviations of its noise,
       validation_drop: and beyond this share of its recent level.
-      constraints: on throughput and memory.
       place: of snapshots: `device` beside what is copied, `host` memory (pinned for CUDA), or `disk`; `auto` takes the
         first of them of which a quarter of what is free holds two, the disk only if there is a `folder`.
       limit_bytes: the most that both snapshots may take.
       folder: for snapshots on disk.
 
     Example:
-      >>> RollbackConfig(every=1, constraints=Constraints(min_samples_per_second=2000)).max_rollbacks
+      >>> RollbackConfig(every=1).max_rollbacks
       3
     """
 
@@ -74,7 +55,6 @@ class RollbackConfig:
     loss_ratio: float = 3.0
     validation_noise: float = 6.0
     validation_drop: float = 0.25
-    constraints: Constraints = field(default_factory=Constraints)
     place: Place = "auto"
     limit_bytes: int | None = None
     folder: str | Path | None = None
@@ -130,8 +110,8 @@ class Health(NamedTuple):
     """whether every weight and every moment of the optimizer is"""
     validation: float
     """higher is better"""
-    samples_per_second: float
-    memory_bytes: float
+    unkept: tuple[str, ...] = ()
+    """sentences on constraints that are violated, with nothing else left to be done"""
 
 
 class RollbackState(NamedTuple):
@@ -163,7 +143,7 @@ def update(config: RollbackConfig, state: RollbackState, health: Health) -> tupl
     Returns:
       The state, unchanged by a bad interval, and one sentence for each rule that calls the interval bad.
 
-    >>> good = Health(50, 0.6, 0, True, 0.1, float("nan"), float("nan"))
+    >>> good = Health(50, 0.6, 0, True, 0.1)
     >>> state, reasons = update(RollbackConfig(), init(), good)
     >>> reasons
     ()
@@ -233,19 +213,9 @@ def _collapse(config: RollbackConfig, state: RollbackState, health: Health) -> s
     return f"validation collapsed to {health.validation:.4g} from {level:.4g}, with noise of {noise:.2g}"
 
 
-def _too_slow(config: RollbackConfig, state: RollbackState, health: Health) -> str | None:
-    least = config.constraints.min_samples_per_second
-    if least is None or not health.samples_per_second < least:
-        return None
-    return f"{health.samples_per_second:.4g} samples per second are fewer than the {least:.4g} required"
+def _unkept_constraint(config: RollbackConfig, state: RollbackState, health: Health) -> str | None:
+    return "; ".join(health.unkept) or None
 
 
-def _too_large(config: RollbackConfig, state: RollbackState, health: Health) -> str | None:
-    most = config.constraints.max_memory_bytes
-    if most is None or not health.memory_bytes > most:
-        return None
-    return f"{health.memory_bytes:.4g} bytes of memory are more than the {most:.4g} allowed"
-
-
-RULES: tuple[Any, ...] = (_nonfinite_state, _nonfinite_loss, _divergence, _collapse, _too_slow, _too_large)
+RULES: tuple[Any, ...] = (_nonfinite_state, _nonfinite_loss, _divergence, _collapse, _unkept_constraint)
 """Each takes (config, state, health) and returns a sentence if the interval is bad."""

@@ -68,6 +68,17 @@ def cool_down(proposal: Proposal) -> tuple[np.ndarray, str | None]:
     return held, f"held {named(proposal, barred)}: this direction is barred, for {longest} decisions at most"
 
 
+def kept_constraints(proposal: Proposal) -> tuple[np.ndarray, str | None]:
+    """Holds values whose move would worsen a constraint that is violated, or nearly."""
+    if proposal.worsening is None:
+        return proposal.proposed, None
+    worse = proposal.worsening * (proposal.proposed - proposal.current) > 0
+    if not worse.any():
+        return proposal.proposed, None
+    held = np.where(worse, proposal.current, proposal.proposed)
+    return held, f"held {named(proposal, worse)}: it would worsen a constraint"
+
+
 def _clip(proposal: Proposal, low: np.ndarray, high: np.ndarray, reason: str) -> tuple[np.ndarray, str | None]:
     if ((low <= proposal.proposed) & (proposal.proposed <= high)).all():
         return proposal.proposed, None

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from metalearn.torch.sharding import local
+
 AVERAGE_EVERY = 8
 """Optimizer steps between updates of the average."""
 AVERAGE_POWER = 8.0
@@ -23,7 +25,7 @@ class WeightAverage:
 
     def __init__(self, params: Sequence[torch.Tensor]) -> None:
         self._params = [p for p in params if p.requires_grad]
-        self._average = [p.detach().clone() for p in self._params]
+        self._average = [part.clone() for part in self._parts()]
         self._count = 0
 
     @torch.no_grad()
@@ -31,20 +33,23 @@ class WeightAverage:
         """Folds in the current weights."""
         self._count += 1
         weight = (AVERAGE_POWER + 1.0) / (self._count + AVERAGE_POWER)
-        current = [p.detach() for p in self._params]
-        torch._foreach_lerp_(self._average, current, weight)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_lerp_(self._average, self._parts(), weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Puts the average into the model for the time of the block, and the weights back after it."""
         with torch.no_grad():
-            weights = [p.detach().clone() for p in self._params]
-            torch._foreach_copy_(self._params, self._average)  # pyright: ignore[reportPrivateImportUsage]
+            weights = [part.clone() for part in self._parts()]
+            torch._foreach_copy_(self._parts(), self._average)  # pyright: ignore[reportPrivateImportUsage]
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(self._params, weights)  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_copy_(self._parts(), weights)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _parts(self) -> list[torch.Tensor]:
+        """Returns this process's part of each parameter."""
+        return [local(p).detach() for p in self._params]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns copies."""

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 
 from metalearn.controller.config import ROLES
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.spaces import CANONICAL_SPACE, HyperparameterSpace
+from metalearn.torch.calls import refuse_capture
+from metalearn.torch.closures import on_gradients
+from metalearn.torch.dropout import BufferedDropout
+from metalearn.torch.group_values import alike, as_tensor, own_values
 
-_DROPOUTS = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout)
+_DROPOUTS = (
+    torch.nn.Dropout,
+    torch.nn.Dropout1d,
+    torch.nn.Dropout2d,
+    torch.nn.Dropout3d,
+    torch.nn.AlphaDropout,
+    BufferedDropout,
+)
 _ADAM_FAMILY = (torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SparseAdam)
 
 
 TIMED_EVERY = 16
 """One step in so many is timed, and stands for the others: reading the clock costs a tenth of what is measured."""
+
+_STEERED: WeakSet[torch.nn.Module] = WeakSet()
+"""Dropout layers whose probability some Bindings set: with an optimizer each, only one of them can."""
 
 
 def dropout_modules(model: torch.nn.Module | None) -> list[Any]:
@@ -28,7 +43,10 @@ def dropout_modules(model: torch.nn.Module | None) -> list[Any]:
 def infer_roles(optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> list[str]:
     """Returns each group's role: what its "role" key says, else `embedding` if most of it lies in embedding tables.
 
-    Without a model a group of matrices only counts as embeddings, anything else as `dense`.
+    Without a model a group of matrices only counts as embeddings, anything else as `dense`. `head`, `pretrained` and
+    `adapter` are never inferred: nothing about a group shows the last two, and no controller so far was trained on
+    `head` (its row of the role embedding is still zero), so that calling a last layer one would take the experience
+    with `dense` groups from it. Say them by the "role" key, for a controller of one's own.
     """
     tables: set[int] | None = None
     if model is not None:
@@ -56,14 +74,27 @@ class Bindings:
     there. Other schedulers and whoever reads `param_groups` therefore see their own values, to the bit. The learning
     rate is the controller's times what other schedulers have made of the group's initial one.
 
+    What is a tensor in a group is one during the step: another, so that the group's own is left alone, and nothing is
+    read back from an accelerator.
+
+    A compiled step is compiled once for all values: torch makes inputs of numbers that change, and of beta1, which it
+    would build in, a tensor is made for the time of the step. The hooks themselves run outside of the graph.
+
     Args:
       optimizer: any torch optimizer.
       model: whose dropout layers are bound; None binds none.
     """
 
+    _before_compiled_step: ClassVar[Any] = None
+    _after_compiled_step: ClassVar[Any] = None
+    # One for all objects, or torch would compile the hooks for each; made late, since that loads torch's compiler.
+
     def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module | None) -> None:
         self._optimizer = optimizer
         self._dropouts = dropout_modules(model)
+        self._dropouts_taken = any(module in _STEERED for module in self._dropouts)
+        if self._dropouts_taken:
+            self._dropouts = []
         self._own_dropouts = [module.p for module in self._dropouts]
         self._initial_rates = [self._initial_rate(i, group) for i, group in enumerate(optimizer.param_groups)]
         self.masked: dict[str, str] = self._masks()
@@ -75,7 +106,9 @@ class Bindings:
         """wall-clock seconds that the hooks took, estimated from a sample of the steps"""
         self._values: list[list[Any]] = []
         """per group [rate, initial rate, decay, key of the momentum, momentum, own momentum it was made of, beta1];
-        None is left alone"""
+        None is left alone. What is a tensor in the group is one here"""
+        self._compiled_values: list[list[Any]] | None = None
+        """the same for compiled steps, once there was one since they were taken"""
         self._factors: Iterator[float] = iter(())
         self._factor: float | None = None
         """of the step that runs, or ran last; likewise below"""
@@ -84,8 +117,13 @@ class Bindings:
         self._applied: list[list[Any]] = []
         self._in_force = self._stepping = False
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
+        self._has_tensor_rates = any(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups)
+        self._stepped_with: list[Any] = []
+        """learning rates of the step, if some are tensors: the groups' own may have been written to since"""
         self._prepare: Callable[[], Sequence[float]]
         self._finish: Callable[[], None] | None = None
+        self._probe: Callable[[], None] | None = None
+        self._probe_is_due = False
         self._hooks: list[Any] = []
 
     @property
@@ -111,28 +149,26 @@ class Bindings:
         """Returns the groups' own values, under canonical names."""
         groups = zip(self._optimizer.param_groups, self._initial_rates, strict=True)
         return [
-            {name: value for name, value in _own_values(group, rate).items() if name not in self.masked}
+            {name: value for name, value in own_values(group, rate).items() if name not in self.masked}
             for group, rate in groups
         ]
 
     def _masks(self) -> dict[str, str]:
         masked: dict[str, str] = {}
         groups = self._optimizer.param_groups
-        if any(isinstance(group["lr"], torch.Tensor) for group in groups):
-            masked["learning_rate"] = "the learning rate is a tensor; pass a float"
         if any("weight_decay" not in group for group in groups):
             masked["weight_decay"] = f"{type(self._optimizer).__name__} has no weight decay"
         elif not all(isinstance(self._optimizer, torch.optim.AdamW) or g.get("decoupled_weight_decay") for g in groups):
             masked["weight_decay"] = "its weight decay is not decoupled (use AdamW)"
         if any("betas" not in group and not group.get("momentum") for group in groups):
             masked["beta1"] = "a parameter group has no betas and no momentum"
-        elif any(isinstance(group.get("betas", (0.0,))[0], torch.Tensor) for group in groups):
-            masked["beta1"] = "betas are tensors; pass floats"
-        if not self._dropouts:
+        if self._dropouts_taken:
+            masked["dropout"] = "another MetaScheduler steers the dropout layers of `model`"
+        elif not self._dropouts:
             masked["dropout"] = "`model` was not given or has no dropout layer"
         if not self.uses_prior:  # such a run starts from its own values, which therefore must be expressible
             for group, rate in zip(groups, self._initial_rates, strict=True):
-                for name, value in _own_values(group, rate).items():
+                for name, value in own_values(group, rate).items():
                     known = CANONICAL_SPACE[name]
                     if name not in masked and not known.low <= value <= known.high:
                         masked[name] = f"{value:g} lies outside the controlled range [{known.low:g}, {known.high:g}]"
@@ -171,16 +207,28 @@ class Bindings:
         for module, value in zip(self._dropouts, self._own_dropouts, strict=True):
             module.p = value
 
-    def attach(self, prepare: Callable[[], Sequence[float]], finish: Callable[[], None] | None) -> None:
+    def attach(
+        self,
+        prepare: Callable[[], Sequence[float]],
+        finish: Callable[[], None] | None,
+        probe: Callable[[], None] | None = None,
+    ) -> None:
         """Registers the hooks.
 
         Args:
           prepare: returns the base schedule's factors on the learning rates for as many coming steps as it likes, at
             least one; called before a step when they are used up.
           finish: called after every step.
+          probe: called after `prepare`, when the step's gradients have been computed: at once, or in its closure.
         """
-        self._prepare, self._finish = prepare, finish
-        self._hooks = [
+        self._prepare, self._finish, self._probe = prepare, finish, probe
+        _STEERED.update(self._dropouts)
+        if Bindings._before_compiled_step is None:
+            Bindings._before_compiled_step = torch.compiler.disable(Bindings._set_in_compiled_step)
+            Bindings._after_compiled_step = torch.compiler.disable(Bindings._after_step)
+        if any(group.get("capturable") for group in self._optimizer.param_groups):
+            self._hooks.append(self._optimizer.register_step_pre_hook(refuse_capture))
+        self._hooks += [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
             # A step that raised has left its values in the groups: never save those, never put back what is older.
@@ -203,25 +251,48 @@ class Bindings:
                 "betas" if "betas" in group else "momentum",
                 None,
                 None,
-                values.get("beta1"),
+                alike(values.get("beta1"), group["betas"][0] if "betas" in group else None),
             ]
             for group, values, initial in parts
         ]
+        self._compiled_values = None
 
-    def _before_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+    def _set_in_compiled_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> Any:
+        """Is `_before_step` of a compiled step, outside of its graph."""
+        if self._compiled_values is None:
+            self._compiled_values = [
+                [*row[:4], None, None, as_tensor(row[6], group) if row[3] == "betas" else row[6]]
+                for row, group in zip(self._values, optimizer.param_groups)  # noqa: B905 (`_before_step` compares)
+            ]
+        values, self._values = self._values, self._compiled_values
+        try:
+            return self._before_step(optimizer, arguments, keywords)
+        finally:
+            self._values = values
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> Any:
+        if torch.compiler.is_compiling():  # by its full name: functions that do not name torch are not compiled
+            return self._before_compiled_step(optimizer, arguments, keywords)
         # The training step empties the processor's caches, so that every line and call here is dear: measured, plain
         # dict operations in one function take half the time of anything better arranged.
         timed = not self.steps % TIMED_EVERY
         began = perf_counter() if timed else 0.0
+        changed = None
         if self._in_force and self._factor is not None:
             # The same step again: it raised, or a subclass's step calls its parent's and torch runs the hooks of both.
             self._put_back()
             factor = self._factor
+            if self._probe_is_due:
+                changed = on_gradients(self._call_probe, arguments, keywords)
         else:
             factor = next(self._factors, None)
             if factor is None:
                 self._factors = iter(self._prepare())
                 factor = next(self._factors)
+                self._probe_is_due = self._probe is not None
+                if self._probe_is_due:
+                    changed = on_gradients(self._call_probe, arguments, keywords)
+                began = perf_counter() if timed else 0.0  # what it prepares the scheduler times itself
         groups, values = optimizer.param_groups, self._values
         if len(groups) != len(values):
             raise SessionError(
@@ -245,10 +316,20 @@ class Bindings:
                 group[key] = momentum
         self._found, self._applied, self._factor = found, values, factor
         self._in_force = self._stepping = True
+        if self._has_tensor_rates:
+            self._stepped_with = [group["lr"] for group in groups]
         if timed:
             self.seconds += TIMED_EVERY * (perf_counter() - began)
+        return changed
+
+    def _call_probe(self) -> None:
+        if self._probe_is_due and self._probe is not None:
+            self._probe_is_due = False
+            self._probe()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+        if torch.compiler.is_compiling():
+            return self._after_compiled_step(optimizer, arguments, keywords)
         if not self._stepping:  # of a subclass's step, whose parent's was counted
             return
         timed = not self.steps % TIMED_EVERY
@@ -291,6 +372,8 @@ class Bindings:
         factor = self._factor
         if factor is None:
             return list(self._rates)
+        if self._has_tensor_rates:
+            return [float(rate) for rate in self._stepped_with]
         return [
             float(own if rate is None else rate * factor * (own / initial))
             for (own, *_), (rate, initial, *_) in zip(self._found, self._applied, strict=True)
@@ -309,6 +392,7 @@ class Bindings:
         self._hooks = []
         self._restore()
         self.release_dropout()
+        _STEERED.difference_update(self._dropouts)
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,13 +413,3 @@ class Bindings:
         self.steps = int(state["steps"])
         self._initial_rates, self._rates = list(state["initial_rates"]), list(state["last_rates"])
         self._factor, self._factors = None, iter(())
-
-
-def _own_values(group: Mapping[str, Any], rate: float) -> dict[str, float]:
-    """Returns what a parameter group has of the controlled hyperparameters, under canonical names."""
-    own = {"learning_rate": rate}
-    if "betas" in group or group.get("momentum"):
-        own["beta1"] = float(group["betas"][0] if "betas" in group else group["momentum"])
-    if "weight_decay" in group:
-        own["weight_decay"] = float(group["weight_decay"])
-    return own

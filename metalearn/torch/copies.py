@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from metalearn.torch.sharding import local
+
 _PLAIN = frozenset({int, float, bool, str, bytes, type(None)})
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 """Copies to make: (into, from)."""
@@ -31,6 +33,7 @@ def hold(value: Any, former: Any, pairs: Pairs, *, on_host: bool) -> Any:
       on_host: whether memory is the host's, pinned for CUDA tensors, or lies beside each tensor.
     """
     if isinstance(value, torch.Tensor):
+        value = local(value)
         if value.layout is not torch.strided:
             return Held(value.detach().clone(), str(value.device))
         device = torch.device("cpu") if on_host else value.device
@@ -60,9 +63,11 @@ def put(live: Any, held: Any, pairs: Pairs) -> Any:
       pairs: what is still to be copied is appended.
     """
     if isinstance(held, Held):
-        if isinstance(live, torch.Tensor) and _alike(live, held.tensor) and _writable(live):
-            pairs.append((live.detach(), held.tensor))
-            return live
+        if isinstance(live, torch.Tensor):
+            part = local(live)
+            if _alike(part, held.tensor) and _writable(part):
+                pairs.append((part.detach(), held.tensor))
+                return live
         return held.tensor.to(held.device, copy=True)
     if isinstance(held, dict):
         into = live if isinstance(live, dict) else {}
@@ -91,7 +96,7 @@ def fresh(held: Any) -> Any:
 def by_reference(value: Any) -> Any:
     """Returns a live value in the form of a held one, sharing its memory."""
     if isinstance(value, torch.Tensor):
-        return Held(value.detach(), str(value.device))
+        return Held(local(value).detach(), str(value.device))
     if type(value) in (dict, OrderedDict):
         return {key: by_reference(item) for key, item in value.items()}
     return type(value)(map(by_reference, value)) if type(value) in (list, tuple) else value
@@ -108,11 +113,11 @@ def copy_pairs(pairs: Pairs) -> None:
 
 
 def num_bytes(tree: Any) -> int:
-    """Returns the bytes of all tensors in a live or held value."""
+    """Returns the bytes that all tensors in a live or held value take in this process."""
     if isinstance(tree, Held):
         return num_bytes(tree.tensor)
     if isinstance(tree, torch.Tensor):
-        return tree.nbytes if tree.layout is torch.strided else 0
+        return local(tree).nbytes if tree.layout is torch.strided else 0
     if isinstance(tree, dict):
         return sum(map(num_bytes, tree.values()))
     is_sequence = type(tree) in (list, tuple) and not _PLAIN.issuperset(map(type, tree))

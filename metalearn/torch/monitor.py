@@ -6,22 +6,40 @@ Shape legend: G parameter group, n sampled element.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from metalearn.errors import InvalidArgumentError
 from metalearn.signals import IntervalStatistics, ProbeSums, interval_statistics
+from metalearn.torch.sharding import first_row, local, measured_here
 
 MAX_PROBED = 2**14
 """Elements of a group that a probe looks at; of larger groups evenly strided rows. Every feature is a ratio, so it does
 not matter that norms are of a sample."""
+MAX_SAMPLED = 2**20
+"""Elements of all groups together that a probe looks at, so that a thousand groups cost no more than sixty-four."""
 HOST_DEVICES = ("cpu",)
 """Where a tensor's memory is the host's, so that reading it waits for nothing."""
+NUM_SUMS = 10
+"""Sums of a probe."""
 RING = 64
 """Losses that are kept one by one before they are moved on together."""
+
+
+class Measured(NamedTuple):
+    """What one process has measured in an interval, on the host."""
+
+    losses: np.ndarray
+    """float64 [steps]"""
+    sums: np.ndarray
+    """of the probe, float64 [10, G], which add up over processes: squares of `_Sample.ROWS`, two dot products, rows
+    touched, rows; NaN is not measured"""
+    seconds: float
+    validation: float
+    """higher is better; NaN if there is none"""
 
 
 class _Sample:
@@ -30,8 +48,10 @@ class _Sample:
     A probe is a handful of operations on one tensor for all groups: on a small model calls cost more than numbers.
 
     Args:
-      groups: the parameters of each.
+      groups: the parameters of each. Of sharded ones this process's part is measured, of those that all processes hold
+        the first measures.
       device: where the buffers are.
+      rank: of this process.
     """
 
     ROWS: ClassVar[tuple[str, ...]] = (
@@ -44,10 +64,17 @@ class _Sample:
     )
     """First axis of the buffer; `update` holds the weights before the first step until the second."""
 
-    def __init__(self, groups: Sequence[Sequence[torch.Tensor]], device: torch.device) -> None:
-        self._groups = [[p for p in params if p.requires_grad] for params in groups]
-        self._strides = [max(1, -(-sum(p.numel() for p in params) // MAX_PROBED)) for params in self._groups]
-        sizes = [[self._rows(p, g).numel() for p in params] for g, params in enumerate(self._groups)]
+    def __init__(self, groups: Sequence[Sequence[torch.Tensor]], device: torch.device, *, rank: int) -> None:
+        trained = [[p for p in params if p.requires_grad] for params in groups]
+        self._empty = [not params for params in trained]
+        self._groups = [[p for p in params if measured_here(p, rank)] for params in trained]
+        most = max(1, min(MAX_PROBED, MAX_SAMPLED // len(groups)))
+        strides = [max(1, -(-sum(p.numel() for p in params) // most)) for params in trained]
+        self._slices = [
+            [slice(-first_row(p) % stride, None, stride) for p in params]
+            for params, stride in zip(self._groups, strides, strict=True)
+        ]
+        sizes = [[rows.numel() for rows in self._rows(params, g)] for g, params in enumerate(self._groups)]
         longest = max(sum(row) for row in sizes)
         self._all = torch.zeros(len(self.ROWS), len(self._groups), longest, device=device)
         self._at = dict(zip(self.ROWS, self._all.unbind(), strict=True))
@@ -60,8 +87,8 @@ class _Sample:
         self._num_rows = [0] * len(self._groups)
         """sampled rows of matrices with a gradient, at the last probe"""
 
-    def _rows(self, tensor: torch.Tensor, group: int) -> torch.Tensor:
-        return tensor[:: self._strides[group]] if tensor.ndim else tensor[None]
+    def _rows(self, tensors: Sequence[torch.Tensor], group: int) -> list[torch.Tensor]:
+        return [_picked(tensor, rows) for tensor, rows in zip(tensors, self._slices[group], strict=True)]
 
     def _copy(self, name: str, groups: Sequence[Sequence[torch.Tensor] | None]) -> None:
         """Copies the sample of each group's tensors; a group without any becomes NaN."""
@@ -71,17 +98,18 @@ class _Sample:
                 self._at[name][index].fill_(torch.nan)
             else:
                 into += self._parts[name][index]
-                values += [self._rows(tensor, index).reshape(-1) for tensor in tensors]
+                values += [rows.reshape(-1) for rows in self._rows(tensors, index)]
         if into:
             torch._foreach_copy_(into, values)  # pyright: ignore[reportPrivateImportUsage]
 
     @staticmethod
     def _gradients(params: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-        """Returns a group's gradients, None if it has none; sparse ones count as none, and stay sparse."""
+        """Returns a group's gradients, None if it has none of which rows can be picked."""
         gradients = [p.grad for p in params]
-        if all(g is None for g in gradients) or any(g is not None and g.layout != torch.strided for g in gradients):
+        missing = params and all(g is None for g in gradients)
+        if missing or any(g is not None and not _has_rows(g) for g in gradients):
             return None
-        return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, params, strict=True)]
+        return [torch.zeros_like(local(p)) if g is None else g for g, p in zip(gradients, params, strict=True)]
 
     def first(self) -> None:
         """Copies weights and gradients before the first step of a probe."""
@@ -111,19 +139,28 @@ class _Sample:
     def _count_touched(self, group: int) -> torch.Tensor:
         """Counts sampled rows of matrices whose gradient is not zero; a matrix of one column holds biases."""
         counts, self._num_rows[group] = [], 0
-        for p in self._groups[group]:
-            if p.ndim > 1 and p.numel() > len(p) and p.grad is not None and p.grad.layout == torch.strided:
-                largest = self._rows(p.grad, group).flatten(1).abs().amax(1)  # ten times faster than the maximum norm
+        for p, rows in zip(self._groups[group], self._slices[group], strict=True):
+            if p.ndim > 1 and p.numel() > len(p) and p.grad is not None and _has_rows(p.grad):
+                largest = _picked(p.grad, rows).flatten(1).abs().amax(1)  # ten times faster than the maximum norm
                 counts.append(torch.count_nonzero(largest).to(self._anchor))
                 self._num_rows[group] += len(largest)
-        return sum(counts[1:], counts[0]) if counts else torch.zeros_like(self._anchor[0, 0])
+        return sum(counts[1:], counts[0]) if counts else self._anchor.new_zeros(())
 
-    def probe_sums(self, measured: np.ndarray) -> ProbeSums:
-        """Turns what `second` returned, once it is on the host, into sums."""
-        update, displacement, _, weights, next_gradient, gradient = np.square(measured[: len(self.ROWS)])
-        gradient_dot, curvature_dot, touched = measured[len(self.ROWS) :]
+    def additive(self, measured: np.ndarray | None) -> np.ndarray:
+        """Turns what `second` returned, once it is on the host, into sums that add up over processes."""
         rows = np.array(self._num_rows, np.float64)
-        sums = ProbeSums(
+        if measured is None:
+            missing = np.where([bool(params) for params in self._groups], np.nan, 0.0)
+            return np.tile(missing, (NUM_SUMS, 1))
+        squares = len(self.ROWS)
+        return np.vstack([np.square(measured[:squares]), measured[squares:], rows])
+
+    def probe_sums(self, sums: np.ndarray) -> ProbeSums:
+        """Names the sums of all processes."""
+        update, displacement, _, weights, next_gradient, gradient, gradient_dot, curvature_dot, touched, rows = (
+            np.where(self._empty, np.nan, sums) if any(self._empty) else sums
+        )
+        return ProbeSums(
             gradient_square=gradient,
             next_gradient_square=next_gradient,
             gradient_dot=gradient_dot,
@@ -134,10 +171,6 @@ class _Sample:
             rows_touched=np.where(rows > 0, touched, np.nan),
             rows=np.maximum(rows, 1.0),
         )
-        if all(self._groups):
-            return sums
-        empty = np.array([not params for params in self._groups])
-        return ProbeSums(*(np.where(empty, np.nan, value) for value in sums))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns copies of what is in use: the anchor, and during a probe its first copies."""
@@ -148,8 +181,11 @@ class _Sample:
             "num_rows": list(self._num_rows),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores buffers, by copying."""
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Restores buffers, by copying; None forgets what was measured before."""
+        if state is None:
+            self._has_anchor, self._num_rows = False, [0] * len(self._groups)
+            return
         self._has_anchor, self._num_rows = state["anchor"] is not None, list(state["num_rows"])
         if self._has_anchor:
             self._anchor.copy_(state["anchor"])
@@ -167,13 +203,14 @@ class Monitor:
     Args:
       optimizer: whose parameter groups are measured.
       interval: optimizer steps of an interval.
+      rank: of this process, where several measure together.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, interval: int) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, interval: int, *, rank: int = 0) -> None:
         groups = [group["params"] for group in optimizer.param_groups]
         self._device = next((p.device for params in groups for p in params), torch.device("cpu"))
         self._num_groups = len(groups)
-        self._sample = _Sample(groups, self._device)
+        self._sample = _Sample(groups, self._device, rank=rank)
         self._read: list[float] | None = [] if self._device.type in HOST_DEVICES else None
         """losses of the interval so far, where reading them is no transfer"""
         self._losses = torch.zeros(interval, device=self._device)
@@ -183,6 +220,10 @@ class Monitor:
         self._sums: torch.Tensor | None = None
         self.steps = 0
         self._began = time.monotonic()
+
+    def resize(self, interval: int) -> None:
+        """Makes room for the losses of intervals of another length; call it between intervals."""
+        self._losses = torch.zeros(interval, device=self._device)
 
     @torch.no_grad()
     def before_step(self, remaining: int) -> None:
@@ -234,42 +275,51 @@ class Monitor:
             self._losses[self.steps - rest : self.steps] = self._ring[:rest]
         return self._losses[: self.steps]
 
-    def _to_host(self) -> tuple[np.ndarray, ProbeSums]:
-        """Reads losses, float64 [steps], and the probe's sums; of an accelerator in one transfer."""
+    def _to_host(self) -> tuple[np.ndarray, np.ndarray]:
+        """Reads losses, float64 [steps], and the probe's sums, float64 [10, G]; of an accelerator in one transfer."""
         if self._sums is None:
-            missing = np.full(self._num_groups, np.nan)
-            return self._losses_on_host(), ProbeSums(*[missing] * len(ProbeSums._fields))
+            return self._losses_on_host(), self._sample.additive(None)
         if self._read is not None:
             losses, rows = self._losses_on_host(), self._sums.numpy().astype(np.float64)
         else:
             host = torch.cat([self._sums.reshape(-1), self._measured()]).cpu().numpy().astype(np.float64)
             rows, losses = np.split(host, [self._sums.numel()])
             rows = rows.reshape(-1, self._num_groups)
-        return losses, self._sample.probe_sums(rows)
+        return losses, self._sample.additive(rows)
 
     def _losses_on_host(self) -> np.ndarray:
         losses = np.array(self._read, np.float32) if self._read is not None else self._measured().cpu().numpy()
         return losses.astype(np.float64)
 
-    def statistics(self, *, validation: float, batch_size: int | None) -> IntervalStatistics:
+    def statistics(
+        self,
+        *,
+        validation: float,
+        batch_size: int | None,
+        merge: Callable[[Measured], Measured] | None = None,
+    ) -> IntervalStatistics:
         """Reads everything back, in one transfer, and starts the next interval.
 
         Args:
           validation: the metric, higher is better; NaN if there is none.
-          batch_size: samples per step, None if unknown.
+          batch_size: samples per step, of all processes; None if unknown.
+          merge: makes of what this process has measured what all have; None if there are no others.
         """
-        losses, sums = self._to_host()
         now = time.monotonic()
+        measured = Measured(*self._to_host(), now - self._began, validation)
+        if merge is not None:
+            measured = merge(measured)
+        losses = measured.losses
         with np.errstate(all="ignore"):
             result = interval_statistics(
-                sums,
+                self._sample.probe_sums(measured.sums),
                 steps=float(self.steps),
                 loss_sum=losses.sum(),
                 loss_square_sum=np.square(losses).sum(),
                 nonfinite=float((~np.isfinite(losses)).sum()),
-                validation=validation,
+                validation=measured.validation,
                 samples=float("nan") if batch_size is None else float(self.steps * batch_size),
-                seconds=now - self._began,
+                seconds=measured.seconds,
                 xp=np,
             )
         self.steps, self._sums, self._began = 0, None, now
@@ -298,6 +348,32 @@ class Monitor:
         self._sample.load_state_dict(state["sample"])
         self._sums = None if state["sums"] is None else state["sums"].clone().to(self._device)
         self._began = time.monotonic()
+
+
+def _has_rows(gradient: torch.Tensor) -> bool:
+    """Says whether rows of a gradient can be picked: it is dense, or sparse in its rows only, as an embedding's is."""
+    return gradient.layout == torch.strided or (gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1)
+
+
+def _picked(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Returns some rows of this process's part of a tensor, dense."""
+    part = local(tensor)
+    if part.layout == torch.sparse_coo:
+        return _picked_sparse(part, rows.start, rows.step)
+    return part[rows] if part.ndim else part[None]
+
+
+def _picked_sparse(gradient: torch.Tensor, first: int, stride: int) -> torch.Tensor:
+    """Returns every so many-th row of a sparse gradient, dense.
+
+    It is neither coalesced nor made dense as a whole: entries of one row are added up here. Those of rows that are not
+    wanted are added up in as many rows that are cut off: in one they would wait for one another on an accelerator.
+    """
+    count = len(range(first, gradient.shape[0], stride))
+    row, values = gradient._indices()[0] - first, gradient._values().float()
+    wanted = (row % stride == 0) & (row >= 0)
+    where = torch.where(wanted, row.div(stride, rounding_mode="floor"), count + row % count)
+    return values.new_zeros(2 * count, *values.shape[1:]).index_add_(0, where, values)[:count]
 
 
 def _scalar(loss: Any) -> torch.Tensor:

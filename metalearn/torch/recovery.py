@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from metalearn.errors import InvalidArgumentError
+from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.safety import rollback as rules
+from metalearn.safety.drift import attribution
 from metalearn.safety.rollback import Health, Rollback, RollbackConfig, RollbackState
 from metalearn.signals import IntervalStatistics
 from metalearn.torch.snapshots import Snapshots
 
 MOST_INTERVALS = 10
 """Intervals between snapshots at the most, whatever they cost, where the config does not say."""
+
+
+class Condition(NamedTuple):
+    """What is known of a run at the end of an interval beside its statistics; of several processes what of all."""
+
+    state_finite: bool
+    """whether every weight and every moment of the optimizer is"""
+    seconds: float
+    """of training"""
+    memory_bytes: float
+    """NaN if nobody asks"""
+    ready: bool = True
+    """whether there is a snapshot to go back to"""
 
 
 class Recovery:
@@ -51,13 +63,16 @@ class Recovery:
             limit_bytes=config.limit_bytes,
             folder=config.folder,
         )
-        self._device = next((p.device for group in optimizer.param_groups for p in group["params"]), None)
         self._state = rules.init()
         self.records: list[Rollback] = []
         self.needs_first = True
         """Whether the run has no snapshot yet, or none since a state was loaded."""
         self.off = False
         """Whether there is no room for snapshots."""
+        self.excuses: tuple[str, ...] = ()
+        """Why the last interval that was judged is not gone back from, though validation collapsed in it."""
+        self._collapsed = self._held = False
+        """whether a collapse alone was gone back from, and whether what follows keeps to the values of before"""
         self._began, self._seconds = perf_counter(), 0.0
         self._intervals, self._trained = 0, 0.0
         """intervals since the last snapshot, and their seconds"""
@@ -93,22 +108,49 @@ class Recovery:
         """Stops it: what follows is validation."""
         self._seconds = perf_counter() - self._began
 
-    def judge(self, statistics: IntervalStatistics) -> tuple[str, ...]:
-        """Returns what was wrong with the interval that has ended, nothing if it was good."""
+    def condition(self) -> Condition:
+        """Looks at weights, moments and clock; memory is left to the caller."""
+        return Condition(state_finite=self._snapshots.all_finite(), seconds=self._seconds, memory_bytes=math.nan)
+
+    def judge(
+        self, statistics: IntervalStatistics, condition: Condition, unkept: tuple[str, ...] = ()
+    ) -> tuple[str, ...]:
+        """Returns what was wrong with the interval that has ended, nothing if it was good.
+
+        Args:
+          statistics, condition: of the interval.
+          unkept: sentences on constraints that are violated, with nothing else left to be done.
+        """
         steps = float(statistics.steps)
         health = Health(
             steps=steps,
             loss=float(statistics.loss_sum) / steps,
             nonfinite_steps=float(statistics.nonfinite),
-            state_finite=self._snapshots.all_finite(),
+            state_finite=condition.state_finite,
             validation=float(statistics.validation),
-            samples_per_second=float(statistics.samples) / max(self._seconds, 1e-9),
-            memory_bytes=math.nan if self._config.constraints.max_memory_bytes is None else self._memory_bytes(),
+            unkept=unkept,
         )
-        self._state, reasons = rules.update(self._config, self._state, health)
+        before = self._state
+        self._state, reasons = rules.update(self._config, before, health)
         self._intervals += 1
-        self._trained += self._seconds
+        self._trained += condition.seconds
+        collapsed, self.excuses = attribution.collapsed_alone(self._config, before, health), ()
+        if collapsed and self._held:
+            self._state = attribution.at_new_level(self._config, before, health)
+            self.excuses = tuple(f"{reason}, with the values of before too: {attribution.EXCUSE}" for reason in reasons)
+            self._intervals = max(self._intervals, MOST_INTERVALS)  # what was good for other data is not gone back to
+            self._held = False
+            return ()
+        self._collapsed = collapsed
         return reasons
+
+    def retries(self, *, held: bool) -> None:
+        """Takes note of how the interval is trained again after a rollback.
+
+        Args:
+          held: whether with the values that were in force before it.
+        """
+        self._held = held and self._collapsed
 
     @property
     def due(self) -> bool:
@@ -136,16 +178,32 @@ class Recovery:
         state = self._state._replace(rollbacks=0)
         try:
             with self.timed():
-                self._snapshots.save(step, {"step": step, "own": dict(own), "rules": _plain(state)})
+                records = [asdict(record) for record in self.records]
+                self._snapshots.save(step, {"step": step, "own": dict(own), "rules": _plain(state), "records": records})
         except InvalidArgumentError as error:
-            self._snapshots.drop()
-            self.off, self.needs_first = True, False
+            self.turn_off()
             warnings.warn(f"this run cannot be rolled back: {error}", RuntimeWarning, stacklevel=2)
             return
-        self._state, self.needs_first = state, False
+        self._state, self.needs_first, self._held = state, False, False
         if not self._snapshots.grew:
             self._cost = self._spent
         self._intervals, self._trained, self._spent = 0, 0.0, 0.0
+
+    def turn_off(self) -> None:
+        """Leaves the run without rollbacks from here on, and frees the memory."""
+        self._snapshots.drop()
+        self.off, self.needs_first = True, False
+
+    def follow(self, state: Mapping[str, Any], *, restore: bool) -> None:
+        """Takes over what the rules of another process know of the same run.
+
+        Args:
+          state: from its `state_dict`.
+          restore: whether it has gone back to its last good snapshot, so that this one goes back to its own.
+        """
+        self._load(state)
+        if restore:
+            self._snapshots.restore(rewind=not self._state.fallen_back)
 
     def saved(self) -> Mapping[str, Any]:
         """Returns a copy of the scheduler's state in the last good snapshot."""
@@ -165,23 +223,40 @@ class Recovery:
         self.records.append(Rollback(step=step, to_step=extra["step"], reason=reason, fallback=self._state.fallen_back))
         return self.records[-1]
 
+    def left_behind(self) -> Mapping[str, Any] | None:
+        """Returns the scheduler's state in the snapshot that an earlier process has left on disk; None without one.
+
+        Raises:
+          SessionError: snapshots are not kept on disk, or this one cannot be restored into the run.
+        """
+        if self._config.folder is None:
+            raise SessionError("no folder to resume from; pass rollback=RollbackConfig(place='disk', folder=...)")
+        if not self._snapshots.exists:
+            return None
+        self._snapshots.check_fits()
+        return self.saved()
+
+    def resume(self) -> None:
+        """Restores the snapshot that an earlier process has left on disk, and goes on with it as its own."""
+        extra = self._snapshots.extra()
+        self._snapshots.restore()
+        self._state = _state(extra["rules"])
+        self.records = [Rollback(**record) for record in extra["records"]]
+        self.needs_first = False
+        self.start_interval()
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what the rules know and what was rolled back, as plain values; no snapshot."""
         return {"rules": _plain(self._state), "records": [asdict(record) for record in self.records]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state; the next optimizer step begins with a snapshot."""
-        self._state = _state(state["rules"])
-        self.records = [Rollback(**record) for record in state["records"]]
+        self._load(state)
         self.needs_first = True
 
-    def _memory_bytes(self) -> float:
-        if self._device is not None and self._device.type == "cuda":
-            return float(torch.cuda.memory_reserved(self._device))
-        try:
-            return float(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-        except OSError:
-            return math.nan
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._state = _state(state["rules"])
+        self.records = [Rollback(**record) for record in state["records"]]
 
 
 def _plain(state: RollbackState) -> dict[str, Any]:

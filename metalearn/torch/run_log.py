@@ -13,6 +13,7 @@ from metalearn.profiles import DomainProfile
 from metalearn.safety.drift.report import DriftReport
 from metalearn.safety.rollback import Rollback
 from metalearn.signals import IntervalStatistics
+from metalearn.torch.overrides import Change
 
 
 class RunLog:
@@ -51,6 +52,14 @@ class RunLog:
         """Logs a return to the last good snapshot."""
         if self._log is not None:
             self._log.append(RecordKind.ROLLBACK, asdict(record))
+
+    def override(self, change: Change, *, step: int, author: str, reason: str) -> None:
+        """Logs what somebody set, or gave back, and why."""
+        if self._log is not None:
+            self.begin()
+            sentence = f"{author}: {change}" + (f"; {reason}" if reason else "")
+            told = {"step": step, "author": author, "reason": reason, "sentence": sentence}
+            self._log.append(RecordKind.OVERRIDE, {**asdict(change), **told})
 
     def profile(self, profile: DomainProfile) -> None:
         """Logs a later profile that the run goes by."""

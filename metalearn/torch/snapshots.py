@@ -6,7 +6,6 @@ Everything is copied on saving and on restoring; nothing is shared between a sna
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.safety.rollback import Place
 from metalearn.torch.copies import Held, Pairs, by_reference, copy_pairs, fresh, hold, num_bytes, put, put_all
+from metalearn.torch.sharding import local
 from metalearn.torch.tracked import is_data, optimizer_state, random_state, reader, restore_tracked, set_random_state
 
 FREE_SHARE = 0.25
@@ -26,6 +26,7 @@ NUM_SLOTS = 2
 """While one snapshot is being made, the last good one is kept."""
 FORMAT_VERSION = 1
 FILE_NAME = "snapshot.pt"
+_PARTS = frozenset({"step", "extra", "parameters", "buffers", "optimizers", "tracked", "random"})
 _SCHEDULED = ("lr", "betas", "momentum")
 """What learning-rate schedulers write into parameter groups."""
 
@@ -115,7 +116,7 @@ class Snapshots:
                 tensors += [v for v in state.values() if isinstance(v, torch.Tensor)] if isinstance(state, dict) else []
         tensors = [
             torch.view_as_real(t) if t.is_complex() else t
-            for t in tensors
+            for t in map(local, tensors)
             if t.layout is torch.strided and (t.is_floating_point() or t.is_complex()) and t.numel()
         ]
         by_device: dict[torch.device, list[torch.Tensor]] = {}
@@ -190,6 +191,20 @@ class Snapshots:
             set_random_state(fresh(last["random"]))
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
+
+    def check_fits(self) -> None:
+        """Checks that the snapshot, which an earlier process may have left, is of a run like this one.
+
+        Raises:
+          SessionError: its parameters have other shapes, there is none, or its file cannot be read.
+        """
+        held = [tuple(parameter.tensor.shape) for parameter in self._last()["parameters"]]
+        own = [tuple(local(parameter).shape) for parameter in self._parameters()]
+        if held != own:
+            raise SessionError(
+                f"the snapshot in {self._folder} is of a run with parameters of shapes {held}, this one has {own}; "
+                "pass another `folder`, or set the run up as it was"
+            )
 
     def drop(self) -> None:
         """Forgets the snapshot in memory, and frees what was held."""
@@ -273,7 +288,7 @@ class Snapshots:
         if self._place is not None and needed <= self._planned:
             return
         if self._place is None and not any(o.state for o in self._optimizers):
-            needed += 2 * sum(p.nbytes for p in live["parameters"])  # Adam's moments are still to come
+            needed += 2 * num_bytes(live["parameters"])  # Adam's moments are still to come
         cuda = next((p.device for p in live["parameters"] if p.is_cuda), None)
         own = self.nbytes
         room: dict[Place, float] = {}
@@ -316,11 +331,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals([Held, np.ndarray, np.dtype, *rebuilt, *kinds]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["version"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        version, missing = content["version"], _PARTS - content.keys()
+    except Exception as error:  # an altered file leads torch, pickle and numpy to raise nearly anything
         raise SessionError(f"{path} is not a snapshot that can be restored: {error}") from error
     if version != FORMAT_VERSION:
         raise SessionError(f"{path} has snapshot version {version}, this metalearn reads {FORMAT_VERSION}")
+    if missing:
+        raise SessionError(f"{path} is not a snapshot that can be restored: it lacks {sorted(missing)}")
     return content
 
 

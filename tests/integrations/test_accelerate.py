@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +24,7 @@ from tests.integrations.contract import (
     Watched,
     over_the_contract,
 )
+from tests.torch.crew import Crew
 
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
 from metalearn.integrations.accelerate import prepare_scheduler  # noqa: E402
@@ -75,3 +79,46 @@ def test_what_is_not_prepared_is_refused(job: Job):
         prepare_scheduler(accelerator, watched.optimizer, **job.scheduler_options)
     with pytest.raises(InvalidArgumentError, match="`accelerator` must be an Accelerator, got SimpleNamespace"):
         prepare_scheduler(SimpleNamespace(), watched.optimizer, **job.scheduler_options)
+
+
+def run_in_rank(job: Job, port: int) -> list[dict[str, Any]]:
+    """Run a job in one of the processes that Accelerate finds by the environment, then again from its checkpoint."""
+    rank = os.environ["CREW_RANK"]
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    outcomes = []
+    for one in (replace(job, save=True), replace(job, resume=True)):
+        outcome = run(one)
+        kind = accelerate.PartialState().distributed_type.value
+        outcomes.append({"weights": outcome.weights, "decisions": outcome.decisions, "kind": kind})
+    torch.distributed.destroy_process_group()
+    return outcomes
+
+
+def test_two_processes_decide_as_one_and_resume_from_save_state(job: Job):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    crew = Crew(2, job.folder)
+    try:
+        results = crew.run(run_in_rank, job, port, group=False)
+    finally:
+        crew.close()
+    for result in results:
+        assert isinstance(result, list), result
+    whole = results[0][0]
+    assert whole["kind"] == "MULTI_CPU"
+    assert [decision.step for decision in whole["decisions"]] == [0, 5, 10]
+    for outcome in (outcome for result in results for outcome in result):  # of both ranks, whole and resumed
+        assert outcome["decisions"] == whole["decisions"]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(outcome["weights"], whole["weights"], strict=True))
+
+
+def test_another_way_to_share_the_work_is_refused(job: Job):
+    watched = Watched(job)
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = accelerator.prepare(watched.optimizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate.Accelerator, "num_processes", 4)
+        patch.setattr(accelerate.Accelerator, "distributed_type", accelerate.DistributedType.DEEPSPEED)
+        with pytest.raises(InvalidArgumentError, match="a run of 4 processes by DEEPSPEED cannot be steered through"):
+            prepare_scheduler(accelerator, optimizer, **job.scheduler_options)

@@ -234,6 +234,7 @@ def test_order_of_the_rules():
         "finite_values",
         "mask",
         "cool_down",
+        "kept_constraints",
         "largest_step",
         "trust_region",
         "largest_deviation",

@@ -12,6 +12,7 @@ from metalearn import Controller
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.torch import MetaScheduler
 from metalearn.torch.bindings import Bindings, dropout_modules, infer_roles
+from tests.torch.test_host_syncs import Operations
 
 VALUES = {"learning_rate": 0.02, "weight_decay": 0.3, "beta1": 0.8}
 
@@ -92,7 +93,13 @@ def test_roles_are_said_or_inferred():
             {"weight_decay": "not decoupled", "beta1": "no betas and no momentum"},
         ),
         (lambda p: torch.optim.Adagrad(p), {"weight_decay": "not decoupled", "beta1": "no betas and no momentum"}),
-        (lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-3)), {"learning_rate": "is a tensor; pass a float"}),
+        (lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-3)), {}),
+        (lambda p: torch.optim.AdamW(p, betas=(torch.tensor(0.9), torch.tensor(0.999))), {}),
+        (lambda p: torch.optim.AdamW(p, fused=True), {}),
+        (
+            lambda p: torch.optim.LBFGS(p),
+            {"weight_decay": "LBFGS has no weight decay", "beta1": "no betas and no momentum"},
+        ),
     ],
 )
 def test_masks_say_why(make: Any, masked: dict[str, str]):
@@ -115,7 +122,7 @@ def test_dropout_is_masked_without_a_model_or_a_layer():
 def test_nothing_to_control_and_no_rate_are_refused():
     table = torch.nn.Embedding(3, 2)
     with pytest.raises(InvalidArgumentError, match="nothing of `optimizer` can be controlled"):
-        _ = Bindings(torch.optim.SGD(table.parameters(), lr=torch.tensor(0.1)), None).space
+        _ = Bindings(torch.optim.SGD(table.parameters(), lr=3.0), None).space
     with pytest.raises(InvalidArgumentError, match=r"learning rate of parameter group 0 must be positive, got 0\.0"):
         Bindings(torch.optim.AdamW(table.parameters(), lr=0.0), None)
 
@@ -168,6 +175,71 @@ def test_factors_are_asked_for_when_they_are_used_up():
     assert [seen[0]["lr"] for seen in watch.seen] == [0.02, 0.01, 0.005, 0.0025, 0.04]
     assert bindings.steps == 5
     assert bindings.last_rates() == [0.04]
+
+
+def test_tensors_are_tensors_during_the_step_and_the_groups_own_are_never_written_to():
+    model = Model()
+    shared, betas = torch.tensor(1e-3), (torch.tensor(0.95), torch.tensor(0.98))  # one tensor for both groups
+    groups = [{"params": list(model.table.parameters())}, {"params": list(model.tower.parameters())}]
+    optimizer = torch.optim.AdamW(groups, lr=shared, betas=betas)
+    bindings = bound(optimizer, factors=lambda: [0.5, 0.25])
+    assert bindings.last_rates() == [pytest.approx(1e-3)] * 2
+    watch, versions = Watch(optimizer), [tensor._version for tensor in (shared, *betas)]
+    for index, scheduled in enumerate((1.0, 0.1)):
+        shared.mul_(scheduled)  # as torch's schedulers do, in place
+        versions[0] += 1
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+        with Operations() as operations:
+            for hook in list(optimizer._optimizer_step_pre_hooks.values()):
+                hook(optimizer, (optimizer,), {})
+            for hook in list(optimizer._optimizer_step_post_hooks.values()):
+                hook(optimizer, (optimizer,), {})
+        assert operations.reads == {}
+        for seen, group in zip(watch.seen[-1], optimizer.param_groups, strict=True):
+            assert seen["lr"].shape == () and seen["lr"].dtype is torch.float32
+            assert seen["lr"].item() == pytest.approx(0.02 * (0.5, 0.25)[index] * (1.0, 0.1)[index], rel=1e-6)
+            assert seen["betas"][0].item() == pytest.approx(0.8) and seen["betas"][1] is betas[1]
+            assert group["lr"] is shared and group["betas"] == betas and group["betas"][0] is betas[0]
+    assert [tensor._version for tensor in (shared, *betas)] == versions
+    shared.fill_(7.0)
+    assert bindings.last_rates() == [pytest.approx(0.02 * 0.25 * 0.1, rel=1e-6)] * 2  # of the step, not of now
+
+
+def test_a_tensor_rate_trains_as_a_number_does():
+    weights = []
+    for rate in (1e-3, torch.tensor(1e-3, dtype=torch.float64)):
+        torch.manual_seed(0)
+        model = Model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, foreach=False)
+        bound(optimizer)
+        for _ in range(5):
+            step(optimizer)
+        weights.append(model.table.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-8)
+    assert not torch.allclose(weights[0], torch.nn.Embedding(6, 4).weight)
+
+
+def test_dropout_layers_have_one_master():
+    model = Model()
+    table, tower = torch.optim.AdamW(model.table.parameters()), torch.optim.AdamW(model.tower.parameters())
+    first = bound(table, model)
+    second = Bindings(tower, model)
+    assert "dropout" not in first.masked
+    assert "another MetaScheduler steers the dropout layers" in second.masked["dropout"]
+    assert "dropout" not in second.space
+    first.release()
+    assert "dropout" not in Bindings(tower, model).masked
+
+
+def test_a_step_under_capture_is_refused(monkeypatch: pytest.MonkeyPatch):
+    optimizer = torch.optim.AdamW(Model().parameters(), capturable=True, lr=torch.tensor(1e-3))
+    bound(optimizer)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(SessionError, match=r"captured in a CUDA graph.* step outside of the graph"):
+        step(optimizer)
 
 
 class Failing(torch.optim.AdamW):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metalearn.errors import InvalidArgumentError
 from metalearn.signals import GROUP_STATISTICS, IntervalStatistics
@@ -105,16 +106,72 @@ def test_what_is_not_there_is_not_measured():
     assert row.touched[2] == 1.0  # of the rows that have a gradient at all
 
 
-def test_sparse_gradients_stay_sparse():
+class Densified(TorchDispatchMode):
+    """Notes what makes a sparse tensor dense, sorts it, or waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("to_dense", "_to_dense", "coalesce", "_coalesce", "_unique2", "nonzero", "_local_scalar_dense"):
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("most", [2**14, 20])
+def test_sparse_gradients_are_measured_as_dense_ones_and_stay_sparse(most: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "MAX_PROBED", most)
+    rng, rows = torch.Generator().manual_seed(0), []
+    for sparse in (False, True):
+        rng.manual_seed(0)
+        table = torch.nn.Parameter(torch.randn(40, 3, generator=rng))
+        optimizer = optimizer_of([table], rate=0.1)
+        monitor = Monitor(optimizer, INTERVAL)
+        reads = []
+        for step in range(2 * INTERVAL):
+            # with repeated rows, an explicit zero row, and not coalesced: as embedding tables give them
+            index, values = torch.randint(40, (30,), generator=rng), torch.randn(30, 3, generator=rng)
+            values[0] = 0.0
+            gradient = torch.sparse_coo_tensor(index[None], values, (40, 3), check_invariants=False)
+            table.grad = gradient if sparse else gradient.to_dense()
+            with Densified() as densified:
+                monitor.before_step(INTERVAL - monitor.steps)
+            reads += densified.calls
+            optimizer.step()
+            assert table.grad.layout is (torch.sparse_coo if sparse else torch.strided)
+            monitor.record(torch.tensor(1.0))
+            if step % INTERVAL == INTERVAL - 1:
+                rows.append(read(monitor))
+        assert reads == []
+    for dense, sparse in zip(rows[:2], rows[2:], strict=True):
+        for name in GROUP_STATISTICS:
+            np.testing.assert_allclose(getattr(sparse, name), getattr(dense, name), rtol=1e-5, err_msg=name)
+    assert 0.0 < rows[3].touched[0] < 1.0
+    assert rows[3].displacement[0] > 0.0
+
+
+def test_gradients_sparse_in_columns_too_are_not_measured():
     table = torch.nn.Parameter(torch.ones(4, 2))
-    gradient = torch.sparse_coo_tensor([[1]], [[1.0, 1.0]], (4, 2), check_invariants=False)
+    gradient = torch.sparse_coo_tensor([[1], [0]], [1.0], (4, 2), check_invariants=False)
     optimizer = optimizer_of([table])
     monitor = Monitor(optimizer, INTERVAL)
     train(optimizer, monitor, [[gradient]] * INTERVAL)
     row = read(monitor)
-    assert table.grad is not None and table.grad.layout is torch.sparse_coo
     assert math.isnan(row.gradient_norm[0]) and math.isnan(row.touched[0]) and math.isnan(row.curvature[0])
     assert row.update_ratio[0] > 0.0
+
+
+def test_the_sample_of_all_groups_together_is_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "MAX_SAMPLED", 100)
+    rng = torch.Generator().manual_seed(0)
+    tables = [torch.nn.Parameter(torch.randn(40, 2, generator=rng)) for _ in range(5)]
+    optimizer = optimizer_of(*[[table] for table in tables])
+    monitor = Monitor(optimizer, INTERVAL)
+    train(optimizer, monitor, [[torch.ones(40, 2)] * 5] * INTERVAL)
+    # 100 elements for 5 groups are 20 for each, of 80: every fourth row
+    assert read(monitor).weight_norm[3] == pytest.approx((tables[3].detach() + 0.5)[::4].norm().item(), rel=1e-6)
 
 
 def test_large_groups_are_sampled_by_rows(monkeypatch: pytest.MonkeyPatch):

@@ -181,12 +181,12 @@ def test_it_equals_a_run_that_never_took_the_bad_action(
     go(twin, 3 * INTERVAL - (1 if reports else 0))
     session, tell = twin.scheduler._session, twin.scheduler._session.tell
 
-    def barred_first(statistics: Any) -> Any:
+    def barred_first(statistics: Any, **about: Any) -> Any:
         before = session.state_dict()
-        tell(statistics)
+        tell(statistics, **about)
         session.load_state_dict(before)
         session.bar("as if it had been tried")
-        return tell(statistics)
+        return tell(statistics, **about)
 
     session.tell = barred_first
     go(twin, 1)
@@ -241,8 +241,8 @@ def test_each_trigger_reaches_the_run(domain: Domain, controller: Controller, wh
         "throughput": Constraints(min_samples_per_second=1e12),
         "memory": Constraints(max_memory_bytes=1000),
     }
-    config = RollbackConfig(every=1, constraints=constraints.get(where, Constraints()))
-    loop = Loop(domain, controller, horizon=120, rollback=config)
+    config = RollbackConfig(every=1)
+    loop = Loop(domain, controller, horizon=120, rollback=config, constraints=constraints.get(where))
     for _ in range(6):
         for _ in range(INTERVAL):
             loop.step()

@@ -256,7 +256,10 @@ def test_sparse_adam_keeps_gradients_sparse(domain: Domain, controller: Controll
         (lambda m: torch.optim.SGD(m.parameters(), lr=0.5), {"learning_rate"}),
         (lambda m: torch.optim.SGD(m.parameters(), lr=0.5, momentum=0.9), {"learning_rate", "beta1"}),
         (lambda m: torch.optim.Adam(m.parameters(), weight_decay=0.1), {"learning_rate", "beta1"}),
-        (lambda m: torch.optim.AdamW(m.parameters(), lr=torch.tensor(1e-3)), {"weight_decay", "beta1"}),
+        (
+            lambda m: torch.optim.AdamW(m.parameters(), lr=torch.tensor(1e-3)),
+            {"learning_rate", "weight_decay", "beta1"},
+        ),
     ],
 )
 def test_other_optimizers_are_steered_as_far_as_they_go(
@@ -272,8 +275,10 @@ def test_other_optimizers_are_steered_as_far_as_they_go(
     for decision in run.scheduler.decisions:
         assert set(decision.groups[0]) == controlled
     assert run.scheduler.decision.groups != first.groups
-    if "learning_rate" in run.scheduler.masked:
-        assert run.scheduler.get_last_lr() == [pytest.approx(1e-3)]
+    if isinstance(run.optimizer.param_groups[0]["lr"], torch.Tensor):
+        rate = run.scheduler.decisions[-2].groups[0]["learning_rate"] * run.scheduler.multiplier(3 * INTERVAL - 1)
+        assert run.scheduler.get_last_lr() == [pytest.approx(rate, rel=1e-6)]
+        assert run.optimizer.param_groups[0]["lr"].item() == pytest.approx(1e-3)
 
 
 def test_frozen_and_idle_groups_are_no_obstacle(domain: Domain, controller: Controller):
@@ -433,7 +438,7 @@ table = torch.nn.Embedding(9, 4)
 optimizer = torch.optim.AdamW(table.parameters())
 log = Path(sys.argv[2])
 scheduler = metalearn.torch.MetaScheduler(
-    optimizer, model=table, domain=metalearn.profile_domain(rows), controller=sys.argv[1], decision_log=log
+    optimizer, model=table, domain=metalearn.profile_domain(rows), controller=sys.argv[1], decision_log=log, interval=9
 )
 for _ in range(3 * scheduler.interval):
     loss = table.weight.square().mean(); loss.backward(); optimizer.step(); optimizer.zero_grad()
