@@ -37,3 +37,7 @@ class AuditError(MetalearnError):
     """An audit log is altered, cut, or not an audit log; the message names file and line, `line` is its number."""
 
     line: int | None = None
+
+
+class PrivacyError(MetalearnError):
+    """A private release is refused: beyond the budget, no ledger that can be used, or the extra is not installed."""

@@ -62,7 +62,7 @@ def column_names(path: str | Path) -> list[str]:
 
     try:
         names = open_table(path).collect_schema().names()
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise InteractionsError(f"`path` {str(path)!r} cannot be read as a table: {_first_line(error)}") from error
     return [name for name in names if name != _ROW]
 
@@ -166,11 +166,11 @@ def _with_text_fallback(
     wanted = [_ROW, *dict.fromkeys(names.values())]
     try:
         return compute(open_table(path).select(wanted))
-    except pl.exceptions.PolarsError:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):  # a parquet file that is altered makes it panic
         # A value does not fit the type its column seemed to have. As text everything fits, and the row can be named.
         try:
             return compute(open_table(path, as_text=True).select(wanted))
-        except pl.exceptions.PolarsError as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise InteractionsError(f"`path` {str(path)!r} cannot be read: {_first_line(error)}") from error
 
 
@@ -218,5 +218,5 @@ def _column_array(series: Any) -> np.ndarray:
     return series.to_numpy()
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]

@@ -272,7 +272,6 @@ def _guarded(
     least = LEAST_THROUGHPUT * cell.budget.batch_size if episode.constrained else None
     rollback = RollbackConfig(
         every=1 if episode.every_interval else None,
-        constraints=Constraints(min_samples_per_second=least),
         place="auto" if guarding.folder is None else "disk",
         folder=guarding.folder,
     )
@@ -284,6 +283,7 @@ def _guarded(
         profile=wrong_profile(cell.domain.profile, others, episode),
         rollback=rollback,
         tracked=(feed,) if episode.rewinds else (),
+        constraints=Constraints(min_samples_per_second=least),
         guard=guarding.guard,
         **_advised(cell, episode),
     )

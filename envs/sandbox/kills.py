@@ -26,7 +26,7 @@ from envs.sandbox.incidents import Episode, Incident
 from metalearn.controller.controller import Controller
 from metalearn.controller.runtime import NumpyNetwork
 from metalearn.profiles import DomainProfile
-from metalearn.torch import MetaScheduler, Snapshots
+from metalearn.torch import MetaScheduler
 
 PATIENCE = 1800.0
 """Seconds after which a process counts as one that does not end."""
@@ -114,7 +114,7 @@ def live(life: Life) -> None:
             life.episode, life.cell, controller, guarded=life.guarded, others=life.others, guarding=guarding
         )
 
-    if not life.dies and life.guarded and (broken := _broken_snapshot(make(life.controller), folder)) is not None:
+    if not life.dies and life.guarded and (broken := _broken_snapshot(make(life.controller))) is not None:
         _write_outcome(folder, broken)
         return
     run = make(life.controller if death is None else death.watched(life.controller))
@@ -238,20 +238,13 @@ def _load(run: Run, path: Path) -> None:
     run.faults.tries = state["tries"]
 
 
-def _broken_snapshot(run: Run | Outcome, folder: Path) -> Outcome | None:
-    """Returns what became of a run whose snapshot on disk cannot be restored; uses up the run that it is given."""
+def _broken_snapshot(run: Run | Outcome) -> Outcome | None:
+    """Returns what became of a run that cannot resume from its snapshot on disk; uses up the run that it is given."""
     if isinstance(run, Outcome):
         return run
-    snapshots = Snapshots(
-        modules=(run.model,),
-        optimizers=(run.optimizer,),
-        tracked=(run.feed,) if run.episode.rewinds else (),
-        place="disk",
-        folder=folder,
-    )
+    assert isinstance(run.scheduler, MetaScheduler)
     try:
-        if snapshots.exists:
-            snapshots.restore()
+        run.scheduler.resume_from_disk()
     except Exception as error:
         return Outcome(metric=None, finite=True, error=f"the snapshot on disk is broken: {error}"[:300])
     return None

@@ -401,11 +401,17 @@ def test_whatever_a_record_holds_there_is_a_page_or_an_error(
     (folder / "log").write_bytes(b"".join(lines))
     (folder / "log.head").write_bytes(format_anchor(head))
     try:
-        page = Page(write_report(folder / "log", folder / "run.html"))
-    except MetalearnError:
+        write_report(folder / "log", folder / "run.html")
+    except MetalearnError as error:
+        assert str(folder / "log") in str(error)
+        assert not (folder / "run.html").exists()
         return
-    for text in re.findall(r'<svg class="chart" .*?</svg>', page.source, re.DOTALL):
-        ElementTree.fromstring(text)
+    page = Page(folder / "run.html")
+    assert {tag for tag, _ in page.tags} <= VOID | TAGS
+    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on") or name == "src"]
+    assert {"Hyperparameters", "Decisions"} <= set(page.told("h2")) <= {*SECTIONS, "Notes"}
+    charts = [ElementTree.fromstring(text) for text in re.findall(r"<svg .*?</svg>", page.source, re.DOTALL)]
+    assert len(charts) == sum(tag == "svg" for tag, _ in page.tags) > 0
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a Chromium, such as Debian's chromium-headless-shell")
