@@ -287,7 +287,7 @@ def test_frozen_and_idle_groups_are_no_obstacle(domain: Domain, controller: Cont
         idle = torch.nn.Parameter(torch.ones(3))
         return torch.optim.AdamW([*model.parameter_groups(), {"params": [idle]}])
 
-    run = start(domain, controller=controller, optimizer=frozen)
+    run = start(domain, controller=controller, optimizer=frozen, interval=10)
     before = run.model.user.weight.detach().clone()
     assert run.scheduler is not None
     run.advance(3 * run.scheduler.interval)
