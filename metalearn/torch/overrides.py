@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
 
 from metalearn.controller.config import CONTROLLED
 from metalearn.controller.decision import Decision
@@ -305,7 +304,7 @@ class Overrides:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> Any:
         """Is a step pre-hook: has the handles act on the gradients."""
-        if is_compiling():
+        if torch.compiler.is_compiling():  # by its full name: functions that do not name torch are not compiled
             return self._before_compiled_step(optimizer, arguments, keywords)
 
         def act() -> None:
