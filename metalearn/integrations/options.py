@@ -108,7 +108,7 @@ def complete_options(options: Mapping[str, Any], found: Found) -> dict[str, Any]
 
 
 def require_one_process(num_processes: int, remedy: str) -> None:
-    """Refuses a distributed run: each rank would decide by its own losses, and the copies of the model drift apart.
+    """Refuses a run of several processes, of which the adapter does not save what each has measured.
 
     Args:
       num_processes: of the run.
@@ -119,6 +119,6 @@ def require_one_process(num_processes: int, remedy: str) -> None:
     """
     if num_processes > 1:
         raise InvalidArgumentError(
-            f"a run of {num_processes} processes cannot be steered yet: each rank would decide by its own losses, and "
-            f"the copies of the model would drift apart; {remedy}"
+            f"a run of {num_processes} processes is not steered by this adapter, whose checkpoints hold the state of one; "
+            f"{remedy}, or use Accelerate's adapter or a loop of your own, which do"
         )

@@ -108,7 +108,10 @@ def test_a_state_loaded_in_mid_step_begins_the_step_anew():
     loop.precision.write("fp16")
     loop.precision.load_state_dict(state)
     loop.optimizer.zero_grad()
-    loop.step()  # an old scaler would refuse to unscale twice
+    before = [p.detach().clone() for group in loop.optimizer.param_groups for p in group["params"]]
+    loop.step(scale=1e-3)  # an old scaler would refuse to unscale twice
+    after = [p for group in loop.optimizer.param_groups for p in group["params"]]
+    assert not all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 @pytest.mark.usefixtures("every")
