@@ -119,6 +119,6 @@ def require_one_process(num_processes: int, remedy: str) -> None:
     """
     if num_processes > 1:
         raise InvalidArgumentError(
-            f"a run of {num_processes} processes is not steered by this adapter, whose checkpoints hold the state of one; "
-            f"{remedy}, or use Accelerate's adapter or a loop of your own, which do"
+            f"a run of {num_processes} processes is not steered by this adapter, whose checkpoints hold one's "
+            f"state; {remedy}, or use Accelerate's adapter or a loop of your own, which do"
         )

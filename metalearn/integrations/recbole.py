@@ -204,8 +204,8 @@ def _check_trainer(trainer: Any) -> None:
         raise InvalidArgumentError(f"{type(trainer).__name__} has no torch optimizer; nothing of it can be steered")
     if not trainer.config["single_spec"]:
         raise InvalidArgumentError(
-            "a run of several processes is not steered by this adapter, whose checkpoints hold the state of one; run with "
-            "nproc=1"
+            "a run of several processes is not steered by this adapter, whose checkpoints hold one's state; "
+            "run with nproc=1"
         )
 
 

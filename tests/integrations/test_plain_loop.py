@@ -98,7 +98,7 @@ def test_before_training_there_is_no_scheduler(job: Job):
 
 def test_several_processes_are_refused():
     require_one_process(1, "start one process")
-    with pytest.raises(InvalidArgumentError, match="2 processes is not steered.*; start one process, or use A"):
+    with pytest.raises(InvalidArgumentError, match=r"2 processes is not steered.*; start one process, or use A"):
         require_one_process(2, "start one process")
 
 
