@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -31,15 +32,19 @@ class Crew:
 
     def __init__(self, size: int, folder: Path) -> None:
         self.size, self._folder, self._jobs = size, folder, 0
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(size)]
+        pipes = [context.Pipe() for _ in range(self.size)]
         self._processes = [
-            context.Process(target=_work, args=(rank, size, there), daemon=True)
+            context.Process(target=_work, args=(rank, self.size, there), daemon=True)
             for rank, (_, there) in enumerate(pipes)
         ]
         self._pipes = [here for here, _ in pipes]
-        for process in self._processes:
+        for process, (_, there) in zip(self._processes, pipes, strict=True):
             process.start()
+            there.close()
 
     def run(self, job: Callable[..., Any], *arguments: Any, group: bool = True) -> list[Any]:
         """Run a job in every rank; what a rank raises is a RankError in its place.
@@ -48,16 +53,29 @@ class Crew:
           job: a function of a module.
           arguments: of it.
           group: whether torch.distributed is initialised.
+
+        Raises:
+          ChildProcessError: a rank died, or hangs; the next job gets new ones.
         """
         self._jobs += 1
         where = f"file://{self._folder}/group-{self._jobs}" if group else None
         for pipe in self._pipes:
             pipe.send((where, job, arguments))
-        results = []
-        for pipe in self._pipes:
-            assert pipe.poll(2 * TIMEOUT.total_seconds()), "a rank hangs"
-            results.append(pipe.recv())
-        return results
+        try:
+            return [self._result(rank) for rank in range(self.size)]
+        except ChildProcessError:
+            self.close()
+            self._start()
+            raise
+
+    def _result(self, rank: int) -> Any:
+        if not self._pipes[rank].poll(2 * TIMEOUT.total_seconds()):
+            raise ChildProcessError(f"rank {rank} hangs")
+        try:
+            return pickle.loads(self._pipes[rank].recv_bytes())
+        except EOFError:
+            self._processes[rank].join()
+            raise ChildProcessError(f"rank {rank} died with exit code {self._processes[rank].exitcode}") from None
 
     def close(self) -> None:
         """End them."""
@@ -74,9 +92,10 @@ def _work(rank: int, size: int, pipe: Connection) -> None:
         try:
             if where is not None:
                 distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=TIMEOUT)
-            pipe.send(job(*arguments))
+            result = job(*arguments)
         except Exception:
-            pipe.send(RankError(traceback.format_exc()))
+            result = RankError(traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(result))  # as bytes: `send` would share the tensors' memory
         if where is not None:
             distributed.destroy_process_group()
             gc.collect()  # a group's connections last as long as a model that uses it: others would wait for this rank

@@ -70,6 +70,12 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], tolerance: float) -
         torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=1e-5)
 
 
+def test_a_rank_that_dies_is_named_and_replaced(crew: Crew):
+    with pytest.raises(ChildProcessError, match="rank 0 died with exit code 3"):
+        crew.run(os._exit, 3)
+    assert crew.run(os.getenv, "CREW_RANK", group=False) == ["0", "1"]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("horizon", [8 * INTERVAL, None])
 def test_ranks_are_the_same_to_the_bit(crew: Crew, arguments: dict[str, Any], kind: Any, horizon: int | None):
