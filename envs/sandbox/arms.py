@@ -23,6 +23,7 @@ from metalearn.controller.controller import Controller
 from metalearn.errors import InvalidArgumentError
 from metalearn.profiles import DomainProfile
 from metalearn.safety import GuardConfig
+from metalearn.safety.drift import DriftConfig
 from metalearn.torch import Constraints, MetaScheduler, RollbackConfig
 from metalearn.torch.recovery import MOST_INTERVALS
 
@@ -282,6 +283,7 @@ def _guarded(
         hostile_controller(controller, episode),
         profile=wrong_profile(cell.domain.profile, others, episode),
         rollback=rollback,
+        drift=DriftConfig(),
         tracked=(feed,) if episode.rewinds else (),
         constraints=Constraints(min_samples_per_second=least),
         guard=guarding.guard,

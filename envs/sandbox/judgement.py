@@ -44,6 +44,25 @@ def bound(metrics: Sequence[float], *, rate: float) -> Bound:
     return Bound(mean, deviation, mean - _quantile(rate, count - 1) * deviation * math.sqrt(1.0 + 1.0 / count))
 
 
+def systematically_worse(repeats: Sequence[float], fallback: Sequence[float], *, rate: float) -> bool:
+    """Says whether runs lie below the fallback on average: Welch's t-test, one-sided.
+
+    Args:
+      repeats: final test metrics of a run, with other seeds; at least 2. The run that gave cause to repeat it is not
+        among them: it was selected for being low.
+      fallback: final test metrics of the fallback's seeds, at least 2.
+      rate: of false positives, in (0, 0.5).
+
+    >>> systematically_worse([0.10, 0.11, 0.12], [0.10, 0.12, 0.13], rate=0.05)
+    False
+    """
+    from scipy.stats import ttest_ind
+
+    if np.ptp(repeats) == np.ptp(fallback) == 0.0:
+        return repeats[0] < fallback[0]
+    return bool(ttest_ind(repeats, fallback, equal_var=False, alternative="less").pvalue < rate)
+
+
 @lru_cache
 def _quantile(rate: float, freedom: int) -> float:
     from scipy.stats import t

@@ -8,16 +8,44 @@ from typing import Any
 import numpy as np
 
 from envs.sandbox.incidents import CATALOGUE
-from envs.sandbox.judgement import bound, false_positive_rate
+from envs.sandbox.judgement import bound, false_positive_rate, systematically_worse
 
 RATE = 0.001
-"""Rate of false positives of the verdict: of a thousand runs of the fallback itself one would be called worse."""
+"""Rate at which a run falls below the bound by chance: of a thousand runs of the fallback itself one does."""
+REPEAT_RATE = 0.05
+"""Rate at which repeats that are as good as the fallback confirm by chance that a run below the bound is worse."""
 FURTHER_RATES = (0.01, 0.05)
 """At which runs are judged as well, to show what the verdict's wide bound may hide."""
 ARMS = ("guarded", "unguarded")
 
 Record = Mapping[str, Any]
 """An episode as stored: incident, variant, cell, the fallback's group, and an outcome for each arm."""
+
+
+def below_bound(outcome: Mapping[str, Any], fallback: Sequence[float]) -> bool:
+    """Says whether a run ended below the bound that one in a thousand runs of the fallback would end below.
+
+    Args:
+      outcome: of an arm.
+      fallback: final metrics of the fallback's seeds.
+    """
+    return outcome["metric"] is not None and outcome["metric"] < bound(fallback, rate=RATE).low
+
+
+def worse_than_fallback(outcome: Mapping[str, Any], fallback: Sequence[float]) -> bool:
+    """Says whether a run ended below the bound, and not by chance.
+
+    By chance it was if its weights are finite, and its repeats with other seeds all ended, and on average not below
+    the fallback's.
+
+    Args:
+      outcome: of an arm, with the metrics of its repeats (None if one was lost) where it is below the bound.
+      fallback: final metrics of the fallback's seeds.
+    """
+    if not below_bound(outcome, fallback):
+        return False
+    repeats = outcome.get("repeats") or [None]
+    return not outcome["finite"] or None in repeats or systematically_worse(repeats, fallback, rate=REPEAT_RATE)
 
 
 def summarize(records: Sequence[Record], fallbacks: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -51,11 +79,12 @@ def _row(records: Sequence[Record], fallbacks: Mapping[str, Sequence[float]]) ->
         ended = [(r[arm], fallbacks[r["fallback"]]) for r in records if r[arm]["metric"] is not None]
         ratios = [outcome["metric"] / float(np.mean(metrics)) for outcome, metrics in ended]
         cells: dict[str, Any] = {
-            f"worse_at_{rate:g}": sum(o["metric"] < bound(metrics, rate=rate).low for o, metrics in ended)
-            for rate in (RATE, *FURTHER_RATES)
+            f"below_at_{rate:g}": sum(o["metric"] < bound(metrics, rate=rate).low for o, metrics in ended)
+            for rate in FURTHER_RATES
         }
-        cells["worse_than_fallback"] = cells.pop(f"worse_at_{RATE:g}")
         cells |= {
+            "below_bound": sum(below_bound(o, metrics) for o, metrics in ended),
+            "worse_than_fallback": sum(worse_than_fallback(o, metrics) for o, metrics in ended),
             "ended": len(ended),
             "nonfinite": sum(not r[arm]["finite"] for r in records),
             "lost": sum(r[arm]["lost"] for r in records),
@@ -83,15 +112,16 @@ def table(summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         f"{100 * deviation:.1f} % of the metric in the middle group",
         f"- share of fallback runs that the rule calls worse, each judged by the other seeds: {measured}",
         "",
-        "Each cell: guarded / unguarded. Worse: of the runs that ended, those whose test metric lies below the bound "
-        f"under which one in {1 / rule['rate']:.0f} runs of the fallback would lie; at 5 %: one in 20. Ratio: mean of "
-        "the metric over the fallback's mean, and the least.",
+        "Each cell: guarded / unguarded. Below: of the runs that ended, those whose test metric lies below the bound "
+        f"under which one in {1 / rule['rate']:.0f} runs of the fallback would lie; at 5 %: one in 20. Worse: of those "
+        "below, those that are not finite, or whose repeats with other seeds lie below the fallback on average. Ratio: "
+        "mean of the metric over the fallback's mean, and the least.",
         "",
-        "| incident | episodes | worse | worse at 5 % | non-finite | lost | rolled back | fallen back | mean ratio "
-        "| least ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| incident | episodes | worse | below | below at 5 % | non-finite | lost | rolled back | fallen back "
+        "| mean ratio | least ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    columns = ("worse_than_fallback", "worse_at_0.05", "nonfinite", "lost", "rolled_back", "fallen_back")
+    columns = ("worse_than_fallback", "below_bound", "below_at_0.05", "nonfinite", "lost", "rolled_back", "fallen_back")
     for name, row in rows:
         pairs = [f"{row[column]} / {row[f'unguarded_{column}']}" for column in columns]
         pairs += [

@@ -35,7 +35,8 @@ class RollbackConfig:
       max_cost: share of the training time, in (0, 1).
       max_rollbacks: the run falls back to the base schedule for good at this rollback in succession, without a new
         snapshot in between. That one leaves the position in the data where it is, so that a batch which nothing
-        survives is passed by; from then on only weights or moments that are not finite are gone back from.
+        survives is passed by; from then on only weights or moments that are not finite are gone back from, and a want
+        of memory, that as often again.
       loss_ratio: a mean loss so many times its best running level is divergence; above 1.
       validation_noise: a fall of validation is collapse beyond so many standard deviations of its noise,
       validation_drop: and beyond this share of its recent level.

@@ -92,8 +92,8 @@ class Recovery:
 
     @property
     def exhausted(self) -> bool:
-        """Whether as many rollbacks as may be have followed one another, without a new snapshot."""
-        return self._state.rollbacks >= self._config.max_rollbacks
+        """Whether as many rollbacks again have followed the one to the base schedule, without a new snapshot."""
+        return self._state.rollbacks >= 2 * self._config.max_rollbacks
 
     @property
     def ready(self) -> bool:

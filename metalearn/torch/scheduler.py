@@ -422,9 +422,10 @@ class MetaScheduler:
     def survive_out_of_memory(self) -> Iterator[None]:
         """Goes back to the last good snapshot when a training step inside the block runs out of memory.
 
-        Then `rolled_back` is true, the memory is free again, and the step is to be repeated. After repeated rollbacks
-        nothing is left that the controller could take back: then the error is raised. So it is in a run of several
-        processes, as a SessionError: the others wait for this one's gradients, and all must be started again.
+        Then `rolled_back` is true, the memory is free again, and the step is to be repeated. After twice as many
+        rollbacks in succession as `RollbackConfig.max_rollbacks` says, nothing is left that the controller could take
+        back: then the error is raised. So it is in a run of several processes, as a SessionError: the others wait for
+        this one's gradients, and all must be started again.
 
         Example:
           >>> def train(loader, scheduler, train_step):

@@ -5,13 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from envs.sandbox import CATALOGUE, Incident, Mix, bound, draw_episodes, false_positive_rate, read_mix, summarize, table
+from envs.sandbox import (
+    CATALOGUE,
+    Incident,
+    Mix,
+    bound,
+    draw_episodes,
+    false_positive_rate,
+    read_mix,
+    summarize,
+    systematically_worse,
+    table,
+)
 from metalearn.errors import InvalidArgumentError
 
 
@@ -94,8 +106,11 @@ def test_the_bound_is_the_t_interval_of_one_more_observation() -> None:
         bound(metrics[:2], rate=0.05)
 
 
-def outcome(metric: float | None, *, finite: bool = True, lost: bool = False) -> dict:
+def outcome(
+    metric: float | None, *, finite: bool = True, lost: bool = False, repeats: Sequence[float | None] = ()
+) -> dict:
     return {
+        "repeats": list(repeats),
         "metric": metric,
         "finite": finite,
         "lost": lost,
@@ -110,7 +125,8 @@ def test_the_report_counts_each_arm_apart() -> None:
     pairs = [
         (outcome(0.1), outcome(0.0, finite=False)),
         (outcome(0.101), outcome(None, lost=True)),
-        (outcome(0.05), outcome(0.1)),
+        (outcome(0.05, repeats=[0.06, 0.07, 0.05]), outcome(0.1)),
+        (outcome(0.05, repeats=[0.1, 0.101, 0.103]), outcome(0.05, repeats=[0.1, 0.101, None])),
     ]
     records = [
         {"incident": "loss_spike", "fallback": "cell", "guarded": guarded, "unguarded": unguarded}
@@ -119,8 +135,18 @@ def test_the_report_counts_each_arm_apart() -> None:
     summary = summarize(records, fallbacks)
     total = summary["all"]
     assert total == summary["incidents"]["loss_spike"]
-    counted = {name: total[name] for name in ("episodes", "worse_than_fallback", "nonfinite", "lost")}
-    assert counted == {"episodes": 3, "worse_than_fallback": 1, "nonfinite": 0, "lost": 0}
-    twin = {name: total[f"unguarded_{name}"] for name in ("worse_than_fallback", "nonfinite", "lost", "ended")}
-    assert twin == {"worse_than_fallback": 1, "nonfinite": 1, "lost": 1, "ended": 2}
-    assert "| loss_spike | 3 | 1 / 1 |" in table(summary, {"seed": 0})
+    counted = {name: total[name] for name in ("episodes", "worse_than_fallback", "below_bound", "nonfinite", "lost")}
+    assert counted == {"episodes": 4, "worse_than_fallback": 1, "below_bound": 2, "nonfinite": 0, "lost": 0}
+    twin = {name: total[f"unguarded_{name}"] for name in ("worse_than_fallback", "below_bound", "nonfinite", "lost")}
+    assert twin == {"worse_than_fallback": 2, "below_bound": 2, "nonfinite": 1, "lost": 1}
+    assert total["unguarded_ended"] == 3
+    assert "| loss_spike | 4 | 1 / 2 | 2 / 2 |" in table(summary, {"seed": 0})
+
+
+def test_repeats_of_a_harmless_run_confirm_at_the_rate() -> None:
+    rng = np.random.default_rng(1)
+    found = [systematically_worse(*rng.normal(0.1, 0.01, (2, 16)), rate=0.05) for _ in range(600)]
+    low, high = stats.binom.interval(0.9999, len(found), 0.05)
+    assert low <= sum(found) <= high
+    assert systematically_worse([0.1, 0.1], [0.11, 0.11], rate=0.05)
+    assert not systematically_worse([0.1, 0.1], [0.1, 0.1], rate=0.05)

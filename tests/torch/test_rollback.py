@@ -271,7 +271,7 @@ def test_running_out_of_memory_is_survived_a_few_times(domain: Domain, controlle
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     hook = loop.run.optimizer.register_step_pre_hook(run_out)  # after the values in force have been set
-    for _ in range(3):
+    for _ in range(2 * 3):
         with loop.scheduler.survive_out_of_memory():
             loop.step()
         assert loop.scheduler.rolled_back
@@ -295,12 +295,15 @@ def test_running_out_of_memory_after_the_fallback_is_survived_too(domain: Domain
     with loop.scheduler.survive_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert loop.scheduler.rollbacks[-1].fallback
+    with loop.scheduler.survive_out_of_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert loop.scheduler.rolled_back
     with pytest.raises(torch.OutOfMemoryError), loop.scheduler.survive_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")  # without a good interval in between
     loop.advance(3 * INTERVAL)
     with loop.scheduler.survive_out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory")
-    assert loop.scheduler.rolled_back and len(loop.scheduler.rollbacks) == 2
+    assert loop.scheduler.rolled_back and len(loop.scheduler.rollbacks) == 3
 
 
 def test_a_report_inside_averaged_parameters_saves_the_weights_themselves(domain: Domain, controller: Controller):
