@@ -6,12 +6,18 @@ Shape legend as in `metalearn.controller.network`, whose function this is.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
+    return 0.5 + 0.5 * np.tanh(0.5 * x)
+
+
+def _mean(hidden: np.ndarray) -> np.ndarray:
+    """Returns the mean over parameter groups; `np.mean` takes three times as long."""
+    return np.add.reduce(hidden, -2) / hidden.shape[-2]
 
 
 class NumpyNetwork:
@@ -67,16 +73,21 @@ class NumpyNetwork:
         Returns:
           Action means before tanh, [..., G, A] and [..., B], and the next hidden state.
         """
-        constant = np.concatenate([code, hidden.mean(-2)], axis=-1)
-        shared = np.concatenate([run, np.broadcast_to(constant, (*run.shape[:-1], constant.shape[-1]))], axis=-1)
-        spread = np.broadcast_to(shared[..., None, :], (*group.shape[:-1], shared.shape[-1]))
-        inputs = np.concatenate([group, spread], axis=-1)
-        mixed = np.tanh(self._dense("mix", inputs) + self._params["role"][role])
+        # In parts, not as a product with one long row per group: there, putting rows together takes most of the time.
+        of_group, of_run, of_code, of_hidden = self._mix_parts(group.shape[-1], run.shape[-1])
+        shared = run @ of_run + code @ of_code + _mean(hidden) @ of_hidden + self._params["mix/bias"]
+        mixed = np.tanh(group @ of_group + shared[..., None, :] + self._params["role"][role])
         size = self.hidden_size
         from_input = self._dense("recurrent/input", mixed)
         from_hidden = self._dense("recurrent/hidden", hidden)
-        reset = _sigmoid(from_input[..., :size] + from_hidden[..., :size])
-        update = _sigmoid(from_input[..., size : 2 * size] + from_hidden[..., size : 2 * size])
+        gates = _sigmoid(from_input[..., : 2 * size] + from_hidden[..., : 2 * size])
+        reset, update = gates[..., :size], gates[..., size:]
         new = np.tanh(from_input[..., 2 * size :] + reset * from_hidden[..., 2 * size :])
-        hidden = (1.0 - update) * new + update * hidden
-        return self._dense("group_head", hidden), self._dense("run_head", hidden.mean(-2)), hidden
+        hidden = new + update * (hidden - new)
+        return self._dense("group_head", hidden), self._dense("run_head", _mean(hidden)), hidden
+
+    def _mix_parts(self, group: int, run: int) -> list[np.ndarray]:
+        """Returns the rows of the first layer's kernel by what they are multiplied with."""
+        kernel, hidden = self._params["mix/kernel"], self.hidden_size
+        ends = (0, group, group + run, len(kernel) - hidden, len(kernel))
+        return [kernel[low:high] for low, high in pairwise(ends)]
