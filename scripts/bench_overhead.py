@@ -51,6 +51,7 @@ from envs.domains import Domain
 from envs.public import load_bundled
 from metalearn.errors import MetalearnError
 from metalearn.torch import MetaScheduler, RollbackConfig
+from metalearn.torch.run import Run
 from provenance import provenance
 
 HORIZON = 3000
@@ -132,9 +133,9 @@ def time_decisions(start: Callable[[Turns], None], make: Callable[..., Turns], c
 
         return call
 
-    decide, act = MetaScheduler._decide, metalearn.controller.runtime.NumpyNetwork.act
+    decide, act = Run.decide, metalearn.controller.runtime.NumpyNetwork.act
     with (
-        mock.patch.object(MetaScheduler, "_decide", timed(decide, "decision")),
+        mock.patch.object(Run, "decide", timed(decide, "decision")),
         mock.patch.object(metalearn.controller.runtime.NumpyNetwork, "act", timed(act, "policy")),
     ):
         start(make(clocks, intervals=count, seconds=MOST_SECONDS, switches=False))
@@ -236,7 +237,8 @@ def run_with_and_without_safety(turns: Turns, saved: list[int], **options: Any) 
     """Trains, every second interval without guard, audit log and snapshots; notes at which steps one was taken."""
     model, optimizer = turns.workload.model, turns.workload.optimizer
     scheduler = MetaScheduler(optimizer, model=model, **options)
-    session, log, recovery = scheduler._session, scheduler._log, scheduler._recovery
+    run = scheduler._run
+    session, log, recovery = run.session, run.log, run.recovery
     assert recovery is not None
     parts, save = (session._rules, log._log, recovery), recovery.save
 
@@ -253,7 +255,7 @@ def run_with_and_without_safety(turns: Turns, saved: list[int], **options: Any) 
         optimizer.step()
         optimizer.zero_grad()
         # The decision that ends an interval, and its record and snapshot, belong to it.
-        session._rules, log._log, scheduler._recovery = parts if safe else ((), None, None)
+        session._rules, log._log, run.recovery = parts if safe else ((), None, None)
         scheduler.step(loss)
         if scheduler.should_validate:
             scheduler.report(0.1)

@@ -44,8 +44,10 @@ def worse_than_fallback(outcome: Mapping[str, Any], fallback: Sequence[float]) -
     """
     if not below_bound(outcome, fallback):
         return False
-    repeats = outcome.get("repeats") or [None]
-    return not outcome["finite"] or None in repeats or systematically_worse(repeats, fallback, rate=REPEAT_RATE)
+    repeats: Sequence[float | None] = outcome.get("repeats", ())
+    ended = [metric for metric in repeats if metric is not None]
+    chance = outcome["finite"] and ended and len(ended) == len(repeats)
+    return not chance or systematically_worse(ended, fallback, rate=REPEAT_RATE)
 
 
 def summarize(records: Sequence[Record], fallbacks: Mapping[str, Sequence[float]]) -> dict[str, Any]:

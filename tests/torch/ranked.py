@@ -116,14 +116,14 @@ class Loop:
         self._spy()
 
     def _spy(self) -> None:
-        measure = self.scheduler._monitor.statistics
+        measure = self.scheduler._run.monitor.statistics
 
         def noted(**arguments: Any) -> Any:
             result = measure(**arguments)
             self.statistics.append({k: v for k, v in result._asdict().items() if k != "seconds"})
             return result
 
-        self.scheduler._monitor.statistics = noted  # type: ignore[method-assign]
+        self.scheduler._run.monitor.statistics = noted  # type: ignore[method-assign]
 
     def step(self) -> None:
         """Take one step; its batch and its dropout depend on nothing but its number and the rank."""
@@ -176,7 +176,7 @@ class Loop:
             "rollbacks": self.scheduler.rollbacks,
             "steps": self.scheduler.steps,
             "rates": self.scheduler.get_last_lr(),
-            "logs": self.scheduler._log._log is not None,
+            "logs": self.scheduler._run.log._log is not None,
             "asked": len(ASKED),
         }
 

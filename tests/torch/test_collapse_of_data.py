@@ -60,7 +60,7 @@ def test_with_other_values_each_time_the_run_is_given_up(
     domain: Domain, controller: Controller, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     compared = []
-    monkeypatch.setattr("metalearn.torch.scheduler.same_values", lambda *both: bool(compared.append(both)))
+    monkeypatch.setattr("metalearn.torch.run.same_values", lambda *both: bool(compared.append(both)))
     run = start(domain, controller=controller, **options(tmp_path))
     scheduler = train(run, collapse_from(40), 20)
     assert [record.fallback for record in scheduler.rollbacks] == [False, False, True]

@@ -238,7 +238,7 @@ def test_a_group_of_one_is_a_process_of_its_own(domain: Domain, controller: Cont
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         run = start(domain, controller=controller, horizon=24, interval=INTERVAL)
-        assert run.scheduler is not None and run.scheduler._ranks is None
+        assert run.scheduler is not None and run.scheduler._run.ranks is None
         run.advance(2 * INTERVAL)
     finally:
         torch.distributed.destroy_process_group()

@@ -145,8 +145,8 @@ def test_without_rollback_the_next_milder_and_the_rest_when_a_profile_comes(cont
     for _ in range(12):
         loop.interval(fall=0.02)
     assert loop.responses() == ["loosen", "re_propose"]
-    fresh = controller.start(NOW, loop.scheduler._bindings.space, roles=("embedding",), interval=2)
-    ours, theirs = (one.state_dict()["position"]["group_start"] for one in (loop.scheduler._session, fresh))
+    fresh = controller.start(NOW, loop.scheduler._run.bindings.space, roles=("embedding",), interval=2)
+    ours, theirs = (one.state_dict()["position"]["group_start"] for one in (loop.scheduler._run.session, fresh))
     assert ours == theirs
     drifts = [record.content for record in read_records(log) if record.kind == "drift" and record.content is not None]
     assert [content["response"] for content in drifts][-2:] == ["loosen", "re_propose"]

@@ -77,7 +77,7 @@ def test_the_controller_goes_on_deciding_and_takes_over_again(loop: BoundLoop):
         assert decision.run["dropout"] == 0.6
         assert decision.proposed is not None
         assert decision.proposed.groups[0]["learning_rate"] != 0.05
-    assert loop.scheduler._overrides.in_force(decision) is decision  # as ranks do that take it over from another
+    assert loop.scheduler._run.overrides.in_force(decision) is decision  # as ranks do that take it over from another
     wanted = loop.scheduler.decision.intended
     assert wanted.groups[1] == loop.scheduler.decision.groups[1]
     decision = loop.scheduler.release_override("learning_rate")
@@ -223,8 +223,8 @@ def test_learning_rates_follow_the_batch(domain: Domain, controller: Controller,
 def test_samples_of_an_interval_follow_the_batch(domain: Domain, controller: Controller):
     told: list[float] = []
     loop = BoundLoop(domain, controller)
-    measure = loop.scheduler._monitor.statistics
-    loop.scheduler._monitor.statistics = lambda **about: told.append(about["batch_size"]) or measure(**about)  # type: ignore[method-assign]
+    measure = loop.scheduler._run.monitor.statistics
+    loop.scheduler._run.monitor.statistics = lambda **about: told.append(about["batch_size"]) or measure(**about)  # type: ignore[method-assign]
     loop.advance(6)
     loop.scheduler.override({"batch_size": 48, "accumulation": 2})
     loop.advance(6)
@@ -308,7 +308,7 @@ def test_a_state_with_more_bindings_is_refused_and_one_from_before_them_is_taken
         horizon=60,
     )
     with pytest.raises(SessionError, match=r"holds values of \[.*'batch_size'.*\], which this run does not bind"):
-        other._overrides.load_state_dict(loop.scheduler.state_dict()["overrides"])
+        other._run.overrides.load_state_dict(loop.scheduler.state_dict()["overrides"])
     state = loop.scheduler.state_dict()
     del state["overrides"]
     loop.scheduler.load_state_dict(state)

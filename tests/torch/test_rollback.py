@@ -179,7 +179,7 @@ def test_it_equals_a_run_that_never_took_the_bad_action(
 
     twin = Loop(domain, controller, **options)
     go(twin, 3 * INTERVAL - (1 if reports else 0))
-    session, tell = twin.scheduler._session, twin.scheduler._session.tell
+    session, tell = twin.scheduler._run.session, twin.scheduler._run.session.tell
 
     def barred_first(statistics: Any, **about: Any) -> Any:
         before = session.state_dict()
@@ -388,7 +388,7 @@ def test_without_room_it_warns_and_goes_on_unprotected(domain: Domain, controlle
 def test_snapshots_come_as_often_as_they_may_cost(domain: Domain, controller: Controller):
     def count(config: RollbackConfig, cost: float) -> list[int]:
         loop = Loop(domain, controller, horizon=400, rollback=config)
-        recovery, saved = loop.scheduler._recovery, []
+        recovery, saved = loop.scheduler._run.recovery, []
         assert recovery is not None
         snapshots = recovery._snapshots
         keep = snapshots.save
