@@ -60,50 +60,53 @@ def overhead(steps: Sequence[Step], clock: int, rng: np.random.Generator) -> tup
     return percent(usual, places), float(low), float(high)
 
 
-def safety_overhead(
-    steps: Sequence[Step], saved: frozenset[int], rng: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """Returns the overhead of safe intervals in percent, its 95 % interval, and what the median one took more.
+def is_safe(interval: int, position: int, length: int) -> bool:
+    """Says whether guard, audit log and snapshots are in the loop in a step of the run that measures what they cost.
+
+    They act at the ends of intervals: every second of those is safe. Of the other steps every second is, in every
+    interval, so that a step is compared with its neighbours.
 
     Args:
-      steps: of a run whose even intervals are safe.
+      interval: index.
+      position: of the step in it.
+      length: of it, in steps.
+    """
+    return (interval if position in (0, length - 1) else position) % 2 == 0
+
+
+def safety_overhead(
+    steps: Sequence[Step], saved: frozenset[int], rng: np.random.Generator
+) -> tuple[float, float, float]:
+    """Returns the overhead of guard, audit log and snapshots in percent, and its 95 % interval.
+
+    Args:
+      steps: of a run of which those are safe that `is_safe` says.
       saved: indices of the steps in which a snapshot was taken.
       rng: of the bootstrap.
     """
     length = steps[-1].length
-    rows: dict[int, list[float]] = {}
-    snapshots = []
-    for index, step in enumerate(steps):
+    rows: dict[int, dict[int, float]] = {}
+    for step in steps:
         if step.interval >= 2:
-            rows.setdefault(step.interval, []).append(step.figures[0])
-            if index in saved:
-                snapshots.append((step.interval, step.figures[0]))
-    whole = {interval: row for interval, row in rows.items() if len(row) == length}
-    level = {interval: float(middle(np.array(row[1:-2]))) for interval, row in whole.items()}
-    safe = [i for i in level if i % 2 == 0 and {i - 1, i + 1} <= {*level}]
-    beside = {i: 0.5 * (level[i - 1] + level[i + 1]) for i in safe}
-    usual = np.array([level[i] / beside[i] - 1.0 for i in safe])
-    last = np.array(
-        [
-            (whole[i][-1] - 0.5 * (whole[i - 1][-1] + whole[i + 1][-1])) / beside[i]
-            for i in safe
-            if not saved_in(i, snapshots)
-        ]
-    )
-    snapshot = np.array([(value - level[i]) / level[i] for i, value in snapshots if i in level])
+            rows.setdefault(step.interval, {})[step.position] = step.figures[0]
+    whole = {interval: np.array([*row.values()]) for interval, row in rows.items() if len(row) == length}
+    snapshots = {steps[index].interval for index in saved} & {*whole}
+    ordinary = {i: (row[2:-2:2], row[1:-2:2]) for i, row in whole.items()}
+    level = {i: float(middle(unsafe)) for i, (_, unsafe) in ordinary.items()}
+    usual = np.array([float(middle(safe)) / level[i] - 1.0 for i, (safe, _) in ordinary.items()])
 
-    def percent(usual: np.ndarray, last: np.ndarray) -> float:
-        once = float(np.median(snapshot)) / SNAPSHOTS_EVERY if len(snapshot) else 0.0
-        return 100.0 * ((length - 1) * float(middle(usual)) + float(np.median(last)) + once) / length
+    def ends(*, safe: bool) -> np.ndarray:
+        chosen = [i for i in whole if is_safe(i, 0, length) == safe and i not in snapshots]
+        return np.array([(whole[i][0] + whole[i][-1]) / level[i] for i in chosen])
 
-    resampled = [percent(rng.choice(usual, len(usual)), rng.choice(last, len(last))) for _ in range(1000)]
+    taken = np.array([(whole[i][0] + whole[i][-1]) / level[i] for i in snapshots])
+
+    def percent(usual: np.ndarray, safe: np.ndarray, unsafe: np.ndarray, taken: np.ndarray) -> float:
+        ended = float(np.median(safe))
+        once = (float(np.median(taken)) - ended) / SNAPSHOTS_EVERY if len(taken) else 0.0
+        return 100.0 * ((length - 2) * float(middle(usual)) + ended - float(np.median(unsafe)) + once) / length
+
+    parts = (usual, ends(safe=True), ends(safe=False), taken)
+    resampled = [percent(*(rng.choice(part, len(part)) if len(part) else part for part in parts)) for _ in range(1000)]
     low, high = np.quantile(resampled, (0.025, 0.975))
-    whole_percent = 100.0 * float(
-        np.median([sum(whole[i]) / (0.5 * sum(whole[i - 1] + whole[i + 1])) - 1.0 for i in safe])
-    )
-    return percent(usual, last), float(low), float(high), whole_percent
-
-
-def saved_in(interval: int, snapshots: Sequence[tuple[int, float]]) -> bool:
-    """Says whether a snapshot was taken in an interval."""
-    return any(interval == one for one, _ in snapshots)
+    return percent(*parts), float(low), float(high)

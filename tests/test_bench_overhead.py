@@ -61,16 +61,18 @@ def test_snapshots_are_counted_once_in_ten_intervals(bench: Any):
     steps, saved = [], set()
     for interval in range(60):
         for position in range(LENGTH):
-            seconds = 1e-3
+            seconds = 1e-3 * 1.01**interval  # the machine gets slower all the time
+            if position not in (0, LENGTH - 1) and position % 2 == 0:
+                seconds *= 1.02
             if interval % 2 == 0 and position == LENGTH - 1:
-                seconds += 1e-4  # audit log and guard
+                seconds += 1e-4 * 1.01**interval  # audit log and guard
                 if interval % 20 == 0:
-                    seconds += 5e-3
+                    seconds += 5e-3 * 1.01**interval
                     saved.add(len(steps))
             steps.append(bench.Step(1, interval, position, LENGTH, (seconds,)))
-    percent, low, high, _ = bench.safety_overhead(steps, frozenset(saved), np.random.default_rng(0))
-    # a tenth of a step an interval, and once in ten of them five more (which here also holds that tenth)
-    assert percent == pytest.approx(100.0 * (0.1 + 5.1 / 10) / LENGTH, rel=1e-6)
+    percent, low, high = bench.safety_overhead(steps, frozenset(saved), np.random.default_rng(0))
+    # two hundredths of each ordinary step, a tenth of one at an end, and once in ten of these five more
+    assert percent == pytest.approx(100.0 * (0.02 * (LENGTH - 2) + 0.1 + 5 / 10) / LENGTH, rel=1e-6)
     assert low <= percent <= high
 
 

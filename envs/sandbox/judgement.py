@@ -60,7 +60,8 @@ def systematically_worse(repeats: Sequence[float], fallback: Sequence[float], *,
 
     if np.ptp(repeats) == np.ptp(fallback) == 0.0:
         return repeats[0] < fallback[0]
-    return bool(ttest_ind(repeats, fallback, equal_var=False, alternative="less").pvalue < rate)
+    _, p_value = ttest_ind(repeats, fallback, equal_var=False, alternative="less")
+    return bool(p_value < rate)
 
 
 @lru_cache
