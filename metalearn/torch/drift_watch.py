@@ -54,7 +54,7 @@ class DriftWatch:
 
     @property
     def outlying(self) -> bool:
-        """Whether the last interval lay so far to the worse that its end is no good state to go back to."""
+        """Whether the last interval lay so far to the worse that drift is not gone back to its end from."""
         return bool(self._monitor.outlying)
 
     def end_interval(self, statistics: IntervalStatistics, *, step: int, no_way_back: str | None) -> Decision | None:
@@ -152,7 +152,8 @@ class DriftWatch:
 def no_way_back(recovery: Recovery | None, session: Session) -> str | None:
     """Returns why a run cannot go back to its last good snapshot because of drift, None if it can.
 
-    Once only to each snapshot: if it comes to the same again, it was not the run.
+    Once only to each snapshot: if it comes to the same again, it was not the run. Snapshots do not wait for an alarm, or
+    more than their distance of work would be lost; so the last one may be of after the change.
     """
     if recovery is None:
         return "rollback is off"
@@ -162,6 +163,8 @@ def no_way_back(recovery: Recovery | None, session: Session) -> str | None:
         return "the run has fallen back to the base schedule"
     if not recovery.ready:
         return "there is no snapshot"
+    if recovery.drifting:
+        return "the last snapshot is of after the change"
     if recovery.gone_back:
         return "going back to the last snapshot has not helped"
     return None

@@ -69,6 +69,8 @@ class Recovery:
         """Whether the run has no snapshot yet, or none since a state was loaded."""
         self.off = False
         """Whether there is no room for snapshots."""
+        self.drifting = False
+        """Whether metric or loss lay far to the worse when the last snapshot was taken: no way back from drift."""
         self.excuses: tuple[str, ...] = ()
         """Why the last interval that was judged is not gone back from, though validation collapsed in it."""
         self._collapsed = self._held = False

@@ -254,6 +254,7 @@ class Run:
         assert recovery is not None
         reshard(self.model)
         recovery.save(self.bindings.steps, {**self._position(session), "statistics": statistics})
+        recovery.drifting = self.drift is not None and self.drift.outlying
         recovery.start_interval()
 
     def can_roll_back(self) -> bool:
@@ -380,7 +381,7 @@ class Run:
         elif not self._goes_back(statistics):
             if recovery is not None:
                 recovery.start_interval()
-                if recovery.due and not (self.drift is not None and self.drift.outlying):
+                if recovery.due:
                     with recovery.timed():
                         self.told = {"session": self.session.state_dict(), "statistics": list(statistics)}
             notes = (*constraining.report, *(() if recovery is None else recovery.excuses))

@@ -76,7 +76,8 @@ class MetaScheduler:
       rollback: when a run goes back to its last good snapshot, and what that may cost; None never does, and takes no
         memory for snapshots: two hold twice what model and optimizer do.
       drift: watches the validation metric, the training loss and the profiles given to `observe_profile`, and responds
-        by degree: asks for a profile, loosens the policy, proposes the start anew, rolls back. None does not.
+        by degree: asks for a profile, loosens the policy, proposes the start anew, rolls back (if the last snapshot is
+        of before the change: it takes some intervals to notice one). None does not.
       tracked: what else goes back: other schedulers (step them before this one), GradScaler, sampler or loader,
         random generators; all with `state_dict` and `load_state_dict`. The data goes on where it is if its position is
         not tracked. The first snapshot is taken at the first optimizer step.

@@ -98,13 +98,12 @@ def test_without_drift_there_is_no_response_and_nothing_is_changed(controller: C
 
 def test_a_severe_fall_is_rolled_back_once_and_then_met_otherwise(controller: Controller, tmp_path: Path):
     log = tmp_path / "log.jsonl"
-    loop = settled(controller, rollback=RollbackConfig(every=1), decision_log=AuditLog(log, name="run"))
+    loop = settled(controller, rollback=RollbackConfig(every=10), decision_log=AuditLog(log, name="run"))
     response = loop.until_response(4, fall=0.02)
     assert response.response == "roll_back"
     assert "validation: down at once since update" in response.reasons[0]
     assert loop.scheduler.rolled_back
     (record,) = loop.scheduler.rollbacks
-    # Intervals that lay so low were not called good: it goes back to before the fall.
     assert record.to_step == 2 * 60 == loop.scheduler.steps
     assert record.reason == response.reasons[0]
     assert "rolled back" in [decision.status for decision in loop.scheduler.decisions[-2:]]
@@ -123,6 +122,13 @@ def test_a_severe_fall_is_rolled_back_once_and_then_met_otherwise(controller: Co
     page = write_report(log, tmp_path / "run.html").read_text()
     assert re.search(r"step 1\d\d: severe: drift: validation: down at once [^<]*; response: roll back<", page)
     assert "to drift: roll_back" in page and "to drift: loosen" in page
+
+
+def test_no_more_is_lost_to_drift_than_lies_between_snapshots(controller: Controller):
+    loop = settled(controller, rollback=RollbackConfig(every=1))
+    response = loop.until_response(4, fall=0.02)
+    assert response.response == "loosen" and loop.scheduler.rollbacks == ()
+    assert response.reasons[1] == "not rolled back, since the last snapshot is of after the change"
 
 
 def test_without_rollback_the_next_milder_and_the_rest_when_a_profile_comes(controller: Controller, tmp_path: Path):
@@ -257,7 +263,7 @@ def test_a_frozen_run_holds_and_an_advised_one_asks(controller: Controller):
         asked.append(decision)
         return decision.response is None
 
-    advised = Loop(controller, steering="advise", advisor=refuse_drift, rollback=RollbackConfig(every=1))
+    advised = Loop(controller, steering="advise", advisor=refuse_drift, rollback=RollbackConfig(every=10))
     for index in range(66):
         advised.interval(fall=0.02 * (index >= 60))
     assert [decision.response for decision in asked if decision.response is not None] == ["roll_back"]
