@@ -152,8 +152,8 @@ class DriftWatch:
 def no_way_back(recovery: Recovery | None, session: Session) -> str | None:
     """Returns why a run cannot go back to its last good snapshot because of drift, None if it can.
 
-    Once only to each snapshot: if it comes to the same again, it was not the run. Snapshots do not wait for an alarm, or
-    more than their distance of work would be lost; so the last one may be of after the change.
+    Once only to each snapshot: if it comes to the same again, it was not the run. Snapshots do not wait for an alarm,
+    or more than their distance of work would be lost; so the last one may be of after the change.
     """
     if recovery is None:
         return "rollback is off"
