@@ -276,6 +276,7 @@ def meta_train(
             if state.iteration >= config.num_iterations or state.stale >= config.patience:
                 break
             _iterate(config, estimator, runner, state, log)
+            persistence.save(state)
     checkpoint = released(state, config, controller, provenance)
     outcome, record = _fit_outcome(config, (runner, validation_runner), state)
     log({"phase": "outcome model", **record})

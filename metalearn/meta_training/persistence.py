@@ -53,13 +53,13 @@ class Persistence:
         self._manager.close()
 
     def save(self, state: MetaTrainState) -> None:
-        """Writes the state: as step 0 before the first evaluation, after it as iteration + 1."""
+        """Writes the state of an iteration, which is to be written again once it has been evaluated."""
         arrays = {name: getattr(state, name) for name in _ARRAYS}
         scalars = {name: getattr(state, name) for name in _SCALARS}
         if scalars["best_validation"] == float("-inf"):
             scalars["best_validation"] = None
         self._manager.save(
-            state.validated + 1,
+            2 * state.iteration + (state.validated == state.iteration),
             args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), scalars=ocp.args.JsonSave(scalars)),
         )
         self._manager.wait_until_finished()
