@@ -7,7 +7,7 @@ The search of a meta-training run predicts, family by family, what configuration
 be best had other tasks been drawn (a bootstrap over the search's tasks), and those of earlier runs of this script, by
 `--also`. Each is run as the untrained controller's base, with a known horizon and without, on every domain of role
 "validation" in DIR, for a few seeds; the best by the mean over domains of log(NDCG@10 + 0.02) of validation users is
-chosen. The last line is JSON.
+chosen. With `--into`, a checkpoint that is at rest for these families gets them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -27,15 +27,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from envs.benchmark.methods import Controllers
 from envs.benchmark.store import Identity
-from envs.benchmark.tasks import Domains, find_sources, make_tasks
+from envs.benchmark.tasks import Domains, make_tasks
 from envs.benchmark.trials import run_trial
 from envs.public import load_folder
 from envs.recommenders import RECOMMENDERS
 from metalearn import load_controller
-from metalearn.controller import CONTROLLED, ControllerConfig, save_checkpoint
+from metalearn.controller import CONTROLLED, ControllerConfig, load_checkpoint, save_checkpoint
 from metalearn.controller.outcome import METRIC_OFFSET
 from metalearn.errors import InvalidArgumentError, MetalearnError
 from provenance import provenance
@@ -88,7 +89,7 @@ def measure(job: tuple[str, str, Path, str, int, Path]) -> tuple[float, float]:
     logging.getLogger("envs.public").setLevel(logging.ERROR)
     name, family, data, method, seed, checkpoint = job
     (task,) = make_tasks([name], [family])
-    domain = Domains(find_sources(data), CACHE)[name]
+    domain = Domains(load_folder(data), CACHE)[name]
     identity = Identity(task.name, method, 0, 0, seed)
     trial = run_trial(identity, {}, task, domain, Controllers(checkpoint))
     measured = {measurement.metric: measurement.value for measurement in trial.measurements}
@@ -117,7 +118,8 @@ def compare(
             for seed in range(seeds)
         ]
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            measured = np.array(list(pool.map(measure, jobs))).reshape(len(cells), len(domains), seeds, 2)
+            runs = tqdm(pool.map(measure, jobs), total=len(jobs), desc=family, mininterval=5.0)
+            measured = np.array(list(runs)).reshape(len(cells), len(domains), seeds, 2)
     rows = []
     for (index, horizon), values in zip(cells, measured, strict=True):
         by_domain = values[..., 0].mean(-1)
@@ -134,6 +136,21 @@ def compare(
     return sorted(rows, key=lambda row: (row["horizon"], -row["score"]))
 
 
+def save_into(path: Path, bases: Mapping[str, Mapping[str, dict[str, float]]]) -> None:
+    """Writes bases, by family and horizon, into a checkpoint, and its card anew."""
+    from metalearn.meta_training.model_card import write_model_card
+    from metalearn.meta_training.release import rebased
+
+    chosen = [
+        (family, horizon == "known", tuple(values[name] for name in CONTROLLED))
+        for family, horizons in bases.items()
+        for horizon, values in horizons.items()
+    ]
+    checkpoint = rebased(load_checkpoint(path), chosen)
+    save_checkpoint(checkpoint, path)
+    write_model_card(checkpoint, path.with_name("README.md"))
+
+
 def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,13 +159,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of domains; those of role validation are taken"
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="of these domains only some, by name")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these domains instead, by name, of whatever role")
     parser.add_argument("--models", nargs="+", choices=list(RECOMMENDERS), default=list(RECOMMENDERS))
     parser.add_argument("--candidates", type=int, default=6, help="of every family")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the candidates")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
     parser.add_argument("--output", type=Path, default=Path("bases.json"))
+    parser.add_argument("--into", type=Path, help="a checkpoint with these families at rest, to be given their bases")
     parser.add_argument("--quick", action="store_true", help="a smoke check: one domain, 2 candidates, 1 seed")
     return parser.parse_args()
 
@@ -173,6 +191,8 @@ def main() -> None:
     if not arguments.quick:
         record = {"bases": bases, "runs": rows, "provenance": provenance(domains=domains, seeds=list(range(seeds)))}
         arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    if arguments.into is not None and not arguments.quick:
+        save_into(arguments.into, bases)
     print(json.dumps({"bases": bases}))
 
 

@@ -66,8 +66,8 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
     calibration = provenance["outcome"]["calibration"]
     at_rest = f"""
 The policy is at rest for {", ".join(config.at_rest)}: for those of them that it was trained on (above) it did worse
-than the base on validation domains. The others' bases were given to meta-training (`--bases`), chosen by runs on whole
-validation domains (`scripts/choose_base.py`).
+than the base on validation domains. Their bases were chosen by runs on whole domains (`scripts/choose_base.py`; where
+they are given in `bases.json` beside this, on which).
 """
     path.write_text(
         _TEMPLATE.format(

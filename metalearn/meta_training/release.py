@@ -11,6 +11,7 @@ import numpy as np
 
 from metalearn.controller.checkpoint import Checkpoint, flatten
 from metalearn.controller.config import CONTROLLED, ControllerConfig
+from metalearn.errors import InvalidArgumentError
 from metalearn.meta_training.config import KNOWN, ChosenBase, MetaTrainConfig
 from metalearn.meta_training.runner import CHUNK
 
@@ -25,6 +26,25 @@ def with_bases(bases: np.ndarray, controller: ControllerConfig, chosen: Sequence
         encoded = [controller.space[name].encode(value) for name, value in zip(CONTROLLED, values, strict=True)]
         bases[controller.family_index(family), int(known)] = encoded
     return bases
+
+
+def rebased(checkpoint: Checkpoint, chosen: Sequence[ChosenBase]) -> Checkpoint:
+    """Returns a released checkpoint with other bases for families that are at rest in it.
+
+    Args:
+      checkpoint: as it is.
+      chosen: families, whether the horizon is known, and values.
+
+    Raises:
+      InvalidArgumentError: the policy acts on one of the families: it was trained around its base.
+    """
+    acting = {family for family, *_ in chosen} - {*checkpoint.config.at_rest}
+    if acting:
+        raise InvalidArgumentError(
+            f"the policy of this checkpoint acts on {', '.join(sorted(acting))}, whose base it was trained with; "
+            f"choose bases for families at rest in it: {', '.join(checkpoint.config.at_rest) or 'there is none'}"
+        )
+    return replace(checkpoint, base=with_bases(checkpoint.base, checkpoint.config, chosen))
 
 
 def with_harmed_at_rest(controller: ControllerConfig, validation: dict[str, float]) -> ControllerConfig:

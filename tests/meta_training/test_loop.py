@@ -22,7 +22,7 @@ from metalearn.meta_training.config import MetaTrainConfig
 from metalearn.meta_training.loop import evaluate, iteration_chunks, meta_train, validation_chunks
 from metalearn.meta_training.model_card import write_model_card
 from metalearn.meta_training.outcome import OutcomeFitConfig
-from metalearn.meta_training.release import with_bases, with_harmed_at_rest
+from metalearn.meta_training.release import rebased, with_bases, with_harmed_at_rest
 from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner
 from tests.intervals import make_interval, make_profile
@@ -307,3 +307,13 @@ def test_chosen_bases_replace_those_of_their_family_and_horizon_only():
     assert decoded == pytest.approx([0.01, 0.1, 0.9, 0.2], rel=1e-5)
     assert (before == 0.5).all()
     assert (after != 0.5).all(axis=2).tolist() == [[False, False], [False, False], [False, True]]
+
+
+def test_a_released_checkpoint_is_rebased_only_where_its_policy_is_at_rest():
+    shipped = load_controller().checkpoint
+    family = shipped.config.at_rest[0]
+    row = shipped.config.family_index(family)
+    after = rebased(shipped, [(family, True, (0.01, 0.1, 0.9, 0.2))])
+    assert np.flatnonzero((after.base != shipped.base).any(axis=2).ravel()).tolist() == [2 * row + 1]
+    with pytest.raises(InvalidArgumentError, match="acts on matrix_factorization, whose base it was trained with"):
+        rebased(shipped, [("matrix_factorization", True, (0.01, 0.1, 0.9, 0.2))])
