@@ -44,7 +44,8 @@ CURVE_KNOWN, FLOOR_KNOWN, HORIZON_KNOWN, VALIDATION = range(4)
 FIRST_DESCRIPTOR = 4
 MIN_STD = 1e-3
 """Of each part of a member's deviation, as a share of the training outcomes' deviation."""
-_BISECTIONS = 60
+_SECTIONS, _ROUNDS = np.arange(1, 16) / 16.0, 10
+"""Where a quantile's bracket is cut, and how often; few calls for many numbers each."""
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
@@ -224,7 +225,9 @@ class OutcomeDistribution:
         return _normal_cdf(z).mean(-1)
 
     def quantile(self, p: float) -> np.ndarray:
-        """Returns what the outcome stays below with probability `p`, by bisection between the members' own quantiles.
+        """Returns what the outcome stays below with probability `p`, [...].
+
+        What lies between the members' own quantiles is cut into sections, and the one that holds it again.
 
         Raises:
           InvalidArgumentError: `p` is not strictly between 0 and 1.
@@ -232,12 +235,13 @@ class OutcomeDistribution:
         if not 0.0 < p < 1.0:
             raise InvalidArgumentError(f"`p` must be strictly between 0 and 1, got {p}; pass 0.5 for the median")
         of_members = self.component_mean + NormalDist().inv_cdf(p) * self.component_std
-        low, high = of_members.min(-1), of_members.max(-1)
-        for _ in range(_BISECTIONS):
-            middle = 0.5 * (low + high)
-            below = 1.0 - self.probability_above(middle) < p
-            low, high = np.where(below, middle, low), np.where(below, high, middle)
-        return 0.5 * (low + high)
+        low, width = of_members.min(-1), np.ptp(of_members, -1)
+        for _ in range(_ROUNDS):
+            places = low[..., None] + width[..., None] * _SECTIONS
+            z = (places[..., None] - self.component_mean[..., None, :]) / self.component_std[..., None, :]
+            width = width * _SECTIONS[0]
+            low = low + width * (_normal_cdf(z).mean(-1) < p).sum(-1)
+        return low + 0.5 * width
 
     def interval(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         """Returns the central interval that holds the outcome with probability `level`.
