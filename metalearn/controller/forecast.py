@@ -62,24 +62,17 @@ def _change(
     else:
         group, run = moment.group, moment.run
 
-    def inputs(position: Position) -> np.ndarray:
-        situation = Situation(
-            descriptors=setting.descriptors,
-            family=setting.family,
-            horizon_known=setting.horizon_known,
-            base=setting.base,
-            position=Position(
-                position.group_start * in_group,
-                position.global_start * in_run,
-                position.group_residual * in_group,
-                position.global_residual * in_run,
-            ),
-            group_mask=np.ones(setting.num_groups),
-            curve_known=moment is not None,
-            group=group,
-            run=run,
-            validation=math.nan,
-        )
-        return outcome_inputs(situation, setting.config, np)
-
-    return model.improvement(inputs(chosen), inputs(otherwise))
+    masks = Position(in_group, in_run, in_group, in_run)
+    situation = Situation(
+        descriptors=setting.descriptors,
+        family=setting.family,
+        horizon_known=setting.horizon_known,
+        base=setting.base,
+        position=Position(*(np.stack(both) * mask for *both, mask in zip(chosen, otherwise, masks, strict=True))),
+        group_mask=np.ones(setting.num_groups),
+        curve_known=moment is not None,
+        group=group,
+        run=run,
+        validation=math.nan,
+    )
+    return model.improvement(*outcome_inputs(situation, setting.config, np))

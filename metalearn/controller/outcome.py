@@ -44,7 +44,7 @@ CURVE_KNOWN, FLOOR_KNOWN, HORIZON_KNOWN, VALIDATION = range(4)
 FIRST_DESCRIPTOR = 4
 MIN_STD = 1e-3
 """Of each part of a member's deviation, as a share of the training outcomes' deviation."""
-_SECTIONS, _ROUNDS = np.arange(1, 16) / 16.0, 10
+_SECTIONS, _ROUNDS = np.arange(1, 16) / 16.0, 7
 """Where a quantile's bracket is cut, and how often; few calls for many numbers each."""
 _erf = np.frompyfunc(math.erf, 1, 1)
 
@@ -227,21 +227,12 @@ class OutcomeDistribution:
     def quantile(self, p: float) -> np.ndarray:
         """Returns what the outcome stays below with probability `p`, [...].
 
-        What lies between the members' own quantiles is cut into sections, and the one that holds it again.
-
         Raises:
           InvalidArgumentError: `p` is not strictly between 0 and 1.
         """
         if not 0.0 < p < 1.0:
             raise InvalidArgumentError(f"`p` must be strictly between 0 and 1, got {p}; pass 0.5 for the median")
-        of_members = self.component_mean + NormalDist().inv_cdf(p) * self.component_std
-        low, width = of_members.min(-1), np.ptp(of_members, -1)
-        for _ in range(_ROUNDS):
-            places = low[..., None] + width[..., None] * _SECTIONS
-            z = (places[..., None] - self.component_mean[..., None, :]) / self.component_std[..., None, :]
-            width = width * _SECTIONS[0]
-            low = low + width * (_normal_cdf(z).mean(-1) < p).sum(-1)
-        return low + 0.5 * width
+        return self._quantiles(p)[..., 0]
 
     def interval(self, level: float) -> tuple[np.ndarray, np.ndarray]:
         """Returns the central interval that holds the outcome with probability `level`.
@@ -251,7 +242,24 @@ class OutcomeDistribution:
         """
         if not 0.0 < level < 1.0:
             raise InvalidArgumentError(f"`level` must be strictly between 0 and 1, got {level}; pass 0.9 for 90 %")
-        return self.quantile(0.5 - 0.5 * level), self.quantile(0.5 + 0.5 * level)
+        both = self._quantiles(0.5 - 0.5 * level, 0.5 + 0.5 * level)
+        return both[..., 0], both[..., 1]
+
+    def _quantiles(self, *levels: float) -> np.ndarray:
+        """Returns quantiles [..., P].
+
+        What lies between the members' own is cut into sections, and the one that holds it again.
+        """
+        mean, std = self.component_mean[..., None, :], self.component_std[..., None, :]
+        of_members = mean + np.array([[NormalDist().inv_cdf(level)] for level in levels]) * std
+        low, width = of_members.min(-1), np.ptp(of_members, -1)
+        targets = np.array(levels)[:, None]
+        for _ in range(_ROUNDS):
+            places = low[..., None] + width[..., None] * _SECTIONS
+            below = _normal_cdf((places[..., None] - mean[..., None, :]) / std[..., None, :]).mean(-1) < targets
+            width = width * _SECTIONS[0]
+            low = low + width * below.sum(-1)
+        return low + 0.5 * width
 
 
 class OutcomeModel:
