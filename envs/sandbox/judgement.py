@@ -60,7 +60,7 @@ def systematically_worse(repeats: Sequence[float], fallback: Sequence[float], *,
 
     if np.ptp(repeats) == np.ptp(fallback) == 0.0:
         return repeats[0] < fallback[0]
-    _, p_value = ttest_ind(repeats, fallback, equal_var=False, alternative="less")
+    _, p_value = np.asarray(ttest_ind(repeats, fallback, equal_var=False, alternative="less"), np.float64)
     return bool(p_value < rate)
 
 
