@@ -177,6 +177,10 @@ def main() -> None:
     seeds, count, models = arguments.seeds, arguments.candidates, arguments.models
     if arguments.quick:
         seeds, count, models, domains = 1, 2, models[:1], domains[:1]
+    if arguments.into is not None:  # said before the runs, not after them
+        from metalearn.meta_training.release import check_at_rest
+
+        check_at_rest(load_checkpoint(arguments.into), models)
     rows, bases = [], {}
     for family in models:
         candidates = find_candidates(arguments.search, family, count, arguments.seed)

@@ -46,8 +46,8 @@ def worse_than_fallback(outcome: Mapping[str, Any], fallback: Sequence[float]) -
         return False
     repeats: Sequence[float | None] = outcome.get("repeats", ())
     ended = [metric for metric in repeats if metric is not None]
-    chance = outcome["finite"] and ended and len(ended) == len(repeats)
-    return not chance or systematically_worse(ended, fallback, rate=REPEAT_RATE)
+    may_be_chance = outcome["finite"] and ended and len(ended) == len(repeats)
+    return not may_be_chance or systematically_worse(ended, fallback, rate=REPEAT_RATE)
 
 
 def summarize(records: Sequence[Record], fallbacks: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def table(summary: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
         *(f"- {name}: {value}" for name, value in provenance.items()),
         f"- fallback: {rule['fallback_runs']} runs in {rule['fallback_groups']} groups; deviation over seeds "
         f"{100 * deviation:.1f} % of the metric in the middle group",
-        f"- share of fallback runs that the rule calls worse, each judged by the other seeds: {measured}",
+        f"- share of fallback runs below the bound, each judged by the other seeds: {measured}",
         "",
         "Each cell: guarded / unguarded. Below: of the runs that ended, those whose test metric lies below the bound "
         f"under which one in {1 / rule['rate']:.0f} runs of the fallback would lie; at 5 %: one in 20. Worse: of those "

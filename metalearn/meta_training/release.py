@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,20 @@ def with_bases(bases: np.ndarray, controller: ControllerConfig, chosen: Sequence
     return bases
 
 
+def check_at_rest(checkpoint: Checkpoint, families: Iterable[str]) -> None:
+    """Checks that the policy of a checkpoint acts on none of some families.
+
+    Raises:
+      InvalidArgumentError: it does, and was trained around their base.
+    """
+    acting = {*families} - {*checkpoint.config.at_rest}
+    if acting:
+        raise InvalidArgumentError(
+            f"the policy of this checkpoint acts on {', '.join(sorted(acting))}, whose base it was trained with; "
+            f"choose bases for families at rest in it: {', '.join(checkpoint.config.at_rest) or 'there is none'}"
+        )
+
+
 def rebased(checkpoint: Checkpoint, chosen: Sequence[ChosenBase]) -> Checkpoint:
     """Returns a released checkpoint with other bases for families that are at rest in it.
 
@@ -36,15 +50,17 @@ def rebased(checkpoint: Checkpoint, chosen: Sequence[ChosenBase]) -> Checkpoint:
       chosen: families, whether the horizon is known, and values.
 
     Raises:
-      InvalidArgumentError: the policy acts on one of the families: it was trained around its base.
+      InvalidArgumentError: the policy acts on one of the families.
     """
-    acting = {family for family, *_ in chosen} - {*checkpoint.config.at_rest}
-    if acting:
-        raise InvalidArgumentError(
-            f"the policy of this checkpoint acts on {', '.join(sorted(acting))}, whose base it was trained with; "
-            f"choose bases for families at rest in it: {', '.join(checkpoint.config.at_rest) or 'there is none'}"
-        )
-    return replace(checkpoint, base=with_bases(checkpoint.base, checkpoint.config, chosen))
+    check_at_rest(checkpoint, (family for family, *_ in chosen))
+    return replace(
+        checkpoint,
+        base=with_bases(checkpoint.base, checkpoint.config, chosen),
+        provenance={
+            **checkpoint.provenance,
+            "rebased": [[family, known, list(values)] for family, known, values in chosen],
+        },
+    )
 
 
 def with_harmed_at_rest(controller: ControllerConfig, validation: dict[str, float]) -> ControllerConfig:

@@ -315,5 +315,6 @@ def test_a_released_checkpoint_is_rebased_only_where_its_policy_is_at_rest():
     row = shipped.config.family_index(family)
     after = rebased(shipped, [(family, True, (0.01, 0.1, 0.9, 0.2))])
     assert np.flatnonzero((after.base != shipped.base).any(axis=2).ravel()).tolist() == [2 * row + 1]
+    assert after.provenance["rebased"] == [[family, True, [0.01, 0.1, 0.9, 0.2]]]
     with pytest.raises(InvalidArgumentError, match="acts on matrix_factorization, whose base it was trained with"):
         rebased(shipped, [("matrix_factorization", True, (0.01, 0.1, 0.9, 0.2))])
