@@ -44,8 +44,9 @@ CURVE_KNOWN, FLOOR_KNOWN, HORIZON_KNOWN, VALIDATION = range(4)
 FIRST_DESCRIPTOR = 4
 MIN_STD = 1e-3
 """Of each part of a member's deviation, as a share of the training outcomes' deviation."""
-_SECTIONS, _ROUNDS = np.arange(1, 16) / 16.0, 7
-"""Where a quantile's bracket is cut, and how often; few calls for many numbers each."""
+_PRECISION, _MOST_STEPS = 1e-12, 100
+"""Of a quantile, as a share of its bracket, and within how many steps: bisection alone takes forty."""
+_ROOT_HALF, _DENSITY_AT_MEAN = math.sqrt(0.5), 1.0 / math.sqrt(2.0 * math.pi)
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
@@ -184,7 +185,8 @@ def outcome_inputs(situation: Situation, config: ControllerConfig, xp: ModuleTyp
         curve[..., None] * pooled(situation.group),
     )
     shape = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
-    return xp.concatenate([xp.broadcast_to(part, (*shape, part.shape[-1])) for part in parts], axis=-1)
+    wide = [part if part.shape[:-1] == shape else xp.broadcast_to(part, (*shape, part.shape[-1])) for part in parts]
+    return xp.concatenate(wide, axis=-1)
 
 
 def _normal_cdf(z: np.ndarray) -> np.ndarray:
@@ -246,20 +248,47 @@ class OutcomeDistribution:
         return both[..., 0], both[..., 1]
 
     def _quantiles(self, *levels: float) -> np.ndarray:
-        """Returns quantiles [..., P].
+        """Returns quantiles [..., P]."""
+        normals = [NormalDist().inv_cdf(level) for level in levels]
+        means, stds = (part.reshape(-1, part.shape[-1]).tolist() for part in np.broadcast_arrays(self.component_mean, self.component_std))
+        found = [
+            [_mixture_quantile(mean, std, level, z) for level, z in zip(levels, normals, strict=True)]
+            for mean, std in zip(means, stds, strict=True)
+        ]
+        return np.array(found).reshape(*self.component_mean.shape[:-1], len(levels))
 
-        What lies between the members' own is cut into sections, and the one that holds it again.
-        """
-        mean, std = self.component_mean[..., None, :], self.component_std[..., None, :]
-        of_members = mean + np.array([[NormalDist().inv_cdf(level)] for level in levels]) * std
-        low, width = of_members.min(-1), np.ptp(of_members, -1)
-        targets = np.array(levels)[:, None]
-        for _ in range(_ROUNDS):
-            places = low[..., None] + width[..., None] * _SECTIONS
-            below = _normal_cdf((places[..., None] - mean[..., None, :]) / std[..., None, :]).mean(-1) < targets
-            width = width * _SECTIONS[0]
-            low = low + width * below.sum(-1)
-        return low + 0.5 * width
+
+def _mixture_quantile(mean: list[float], std: list[float], level: float, z: float) -> float:
+    """Returns a quantile of an even mixture of normal distributions, by Newton's method inside a bracket.
+
+    In plain Python: a mixture of five takes a tenth of the time that it takes NumPy.
+
+    Args:
+      mean, std: of the components.
+      level: probability below the quantile.
+      z: that quantile of the standard normal distribution.
+    """
+    of_components = [m + z * s for m, s in zip(mean, std, strict=True)]
+    low, high = min(of_components), max(of_components)
+    if not low < high:  # also where one is not a number
+        return low
+    closest = _PRECISION * (high - low)
+    x, target = sum(of_components) / len(mean), level * len(mean)
+    for _ in range(_MOST_STEPS):
+        excess, slope = -target, 0.0
+        for m, s in zip(mean, std, strict=True):
+            deviation = (x - m) / s
+            excess += 0.5 * math.erfc(-_ROOT_HALF * deviation)
+            slope += math.exp(-0.5 * deviation * deviation) / s
+        low, high = (x, high) if excess < 0.0 else (low, x)
+        slope *= _DENSITY_AT_MEAN
+        after = x - excess / slope if slope > 0.0 else low
+        if not low < after < high:
+            after = 0.5 * (low + high)
+        if abs(after - x) <= closest:
+            return after
+        x = after
+    return x
 
 
 class OutcomeModel:
@@ -314,8 +343,8 @@ class OutcomeModel:
           inputs: [..., I] from `outcome_inputs`.
           reference: [..., I] for the base, or for going on without a change.
         """
-        mean, own, shared = self.members(inputs)
-        other_mean, other_own, other_shared = self.members(reference)
+        both = self.members(np.stack(np.broadcast_arrays(inputs, reference)))
+        (mean, other_mean), (own, other_own), (shared, other_shared) = both
         std = np.sqrt(own**2 + other_own**2 + (shared - other_shared) ** 2)
         return self._tempered(mean - other_mean, std, inputs)
 

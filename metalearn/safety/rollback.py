@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
-
-import numpy as np
 
 from metalearn.errors import InvalidArgumentError
 
@@ -184,8 +184,9 @@ def validation_noise(validations: tuple[float, ...]) -> float:
     From the median absolute deviation of successive differences, so that neither trend nor single outliers count:
     σ = 1.4826 · MAD(vᵢ₊₁ - vᵢ) / √2 (Rousseeuw and Croux, 1993, on MAD).
     """
-    differences = np.diff(validations)
-    return float(1.4826 * np.median(np.abs(differences - np.median(differences))) / math.sqrt(2.0))
+    differences = [after - before for before, after in pairwise(validations)]
+    centre = median(differences)
+    return 1.4826 * median(abs(difference - centre) for difference in differences) / math.sqrt(2.0)
 
 
 def _nonfinite_state(config: RollbackConfig, state: RollbackState, health: Health) -> str | None:
@@ -208,7 +209,7 @@ def _divergence(config: RollbackConfig, state: RollbackState, health: Health) ->
 def _collapse(config: RollbackConfig, state: RollbackState, health: Health) -> str | None:
     if len(state.validations) < LEVEL_OF or not math.isfinite(health.validation):
         return None
-    level, noise = float(np.median(state.validations[-LEVEL_OF:])), validation_noise(state.validations)
+    level, noise = median(state.validations[-LEVEL_OF:]), validation_noise(state.validations)
     if not level - health.validation > max(config.validation_noise * noise, config.validation_drop * abs(level)):
         return None
     return f"validation collapsed to {health.validation:.4g} from {level:.4g}, with noise of {noise:.2g}"

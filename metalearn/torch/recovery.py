@@ -136,7 +136,7 @@ class Recovery:
         self._state, reasons = rules.update(self._config, before, health)
         self._intervals += 1
         self._trained += condition.seconds
-        collapsed, self.excuses = attribution.collapsed_alone(self._config, before, health), ()
+        collapsed, self.excuses = bool(reasons) and attribution.collapsed_alone(self._config, before, health), ()
         if collapsed and self._held:
             self._state = attribution.at_new_level(self._config, before, health)
             self.excuses = tuple(f"{reason}, with the values of before too: {attribution.EXCUSE}" for reason in reasons)

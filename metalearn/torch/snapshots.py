@@ -88,6 +88,8 @@ class Snapshots:
         self._place: Place | None = None
         self._planned = 0
         self._slots: list[Any] = [None] * NUM_SLOTS
+        self._sizes = [0] * NUM_SLOTS
+        """bytes of tensors in each"""
         self._good: int | None = None
         self.grew = False
         """Whether the last `save` had to allocate memory."""
@@ -100,7 +102,7 @@ class Snapshots:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the slots hold."""
-        return sum(num_bytes(slot) for slot in self._slots)
+        return sum(self._sizes)
 
     @property
     def exists(self) -> bool:
@@ -143,14 +145,14 @@ class Snapshots:
         self._choose_place(live)
         if self._place == "disk":
             self._write(live)
-            self._slots, self._good, self.grew = [None] * NUM_SLOTS, None, False
+            self._slots, self._sizes, self._good, self.grew = [None] * NUM_SLOTS, [0] * NUM_SLOTS, None, False
             return
         slot = 0 if self._good is None else (self._good + 1) % NUM_SLOTS
         pairs: Pairs = []
-        before = num_bytes(self._slots[slot])
         self._slots[slot] = hold(live, self._slots[slot], pairs, on_host=self._place == "host")
         copy_pairs(pairs)
-        self.grew = num_bytes(self._slots[slot]) > before
+        size = num_bytes(self._slots[slot])
+        self.grew, self._sizes[slot] = size > self._sizes[slot], size
         self._good = slot
 
     @torch.no_grad()
@@ -208,7 +210,8 @@ class Snapshots:
 
     def drop(self) -> None:
         """Forgets the snapshot in memory, and frees what was held."""
-        self._slots, self._good, self._place, self._planned = [None] * NUM_SLOTS, None, None, 0
+        self._slots, self._sizes, self._good = [None] * NUM_SLOTS, [0] * NUM_SLOTS, None
+        self._place, self._planned = None, 0
 
     def _live(self, step: int, extra: Any) -> dict[str, Any]:
         """Returns everything there is to save, by reference."""

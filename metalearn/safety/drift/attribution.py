@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-
-import numpy as np
+from statistics import median
 
 from metalearn.controller.decision import Decision
 from metalearn.safety import rollback as rules
@@ -51,5 +50,5 @@ def same_values(before: Decision, after: Decision) -> bool:
 def at_new_level(config: RollbackConfig, state: RollbackState, health: Health) -> RollbackState:
     """Returns the state that takes a collapsed validation for the level from here on; its noise stays as it was."""
     state, _ = rules.update(config, state, health._replace(validation=math.nan))
-    fall = health.validation - float(np.median(state.validations[-LEVEL_OF:]))
+    fall = health.validation - median(state.validations[-LEVEL_OF:])
     return state._replace(validations=tuple(validation + fall for validation in state.validations))
