@@ -93,11 +93,15 @@ class DeferredScheduler:
         scheduler.step(loss)
         self._steps = scheduler.steps  # after a rollback fewer than before
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the scheduler's state, or the one that still waits for it; empty if there is none."""
+    def state_dict(self, *, of_all_ranks: bool = False) -> dict[str, Any]:
+        """Returns the scheduler's state, or the one that still waits for it; empty if there is none.
+
+        Args:
+          of_all_ranks: as in `MetaScheduler.state_dict`.
+        """
         if self._resumed is not None:
             return dict(self._resumed)
-        return {} if self._scheduler is None else self._scheduler.state_dict()
+        return {} if self._scheduler is None else self._scheduler.state_dict(of_all_ranks=of_all_ranks)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Keeps a state for the scheduler that the next start makes."""

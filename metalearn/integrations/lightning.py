@@ -15,15 +15,17 @@ from typing import Any, Unpack
 
 try:
     from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
+    from lightning.pytorch.strategies import DDPStrategy  # pyright: ignore[reportMissingImports]
 except ImportError:
     try:
         from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
+        from pytorch_lightning.strategies import DDPStrategy  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
         raise ImportError("Lightning is not installed: pip install 'metalearn[lightning]'") from missing
 
 from metalearn.errors import InvalidArgumentError
 from metalearn.integrations.deferred import DeferredScheduler
-from metalearn.integrations.options import Found, SchedulerOptions, require_one_process
+from metalearn.integrations.options import Found, SchedulerOptions
 from metalearn.torch import MetaScheduler
 
 
@@ -36,6 +38,9 @@ class MetaSchedulerCallback(Callback):
     checkpoints, as is that of every callback: `Trainer.fit(ckpt_path=...)` goes on with the same decisions. With
     `rollback`, learning-rate schedulers and the GradScaler go back too; Lightning's own step counter does not.
 
+    Several processes train by DDP (`Trainer(strategy="ddp", devices=...)`): rank 0 decides for all, from what all have
+    measured, and of a metric that processes have their own values of (`sync_dist=False`) the mean counts.
+
     The module's optimizer is best AdamW, its schedulers none, or a warm-up: what they do multiplies.
 
     Args:
@@ -43,7 +48,7 @@ class MetaSchedulerCallback(Callback):
 
     Raises:
       InvalidArgumentError: an option is unknown or wrong; later, when training starts: manual optimization, several
-        optimizers, several processes, an optimizer that already has a MetaScheduler.
+        optimizers, several processes in another way than DDP, an optimizer that already has a MetaScheduler.
     """
 
     def __init__(self, **options: Unpack[SchedulerOptions]) -> None:
@@ -52,6 +57,10 @@ class MetaSchedulerCallback(Callback):
         self._attempted = False
         """whether the optimizer was to step in this batch"""
         self._validating = ExitStack()
+        self._of_all_ranks = False
+        """whether the state is of several processes, each of which must take part in making it"""
+        self._last_state: dict[str, Any] | None = None
+        """at the end of training by several processes, which then part"""
 
     @property
     def scheduler(self) -> MetaScheduler:
@@ -61,7 +70,8 @@ class MetaSchedulerCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Makes the scheduler: model, optimizer and callbacks have been restored by now."""
         optimizer = _only_optimizer(trainer, pl_module)
-        self.on_train_end(trainer, pl_module)
+        self._let_go()
+        self._of_all_ranks, self._last_state = trainer.world_size > 1, None
         # Lightning computes gradients in a closure that the optimizer calls; torch runs hooks before it calls that.
         # The MetaScheduler's hook looks at gradients, so this one, registered before it, computes them first.
         self._closure_hook = optimizer.register_step_pre_hook(_call_closure_first)
@@ -97,18 +107,25 @@ class MetaSchedulerCallback(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Lets go of the optimizer and the model."""
+        if self._of_all_ranks:
+            self._last_state = self.state_dict()
+        self._let_go()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Lets go of the optimizer and the model; the other processes may know nothing of the exception."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._validating.close()
         if self._closure_hook is not None:
             self._closure_hook.remove()
         self._deferred.end()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Lets go of the optimizer and the model."""
-        self.on_train_end(trainer, pl_module)
-
     def state_dict(self) -> dict[str, Any]:
-        """Returns the scheduler's state, for Lightning's checkpoint."""
-        return self._deferred.state_dict()
+        """Returns the scheduler's state, for Lightning's checkpoint: of all processes, each of which is asked for it."""
+        if self._last_state is not None:
+            return self._last_state
+        return self._deferred.state_dict(of_all_ranks=self._of_all_ranks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state out of Lightning's checkpoint, for when training starts."""
@@ -116,7 +133,12 @@ class MetaSchedulerCallback(Callback):
 
 
 def _only_optimizer(trainer: Any, pl_module: Any) -> Any:
-    require_one_process(trainer.world_size, "pass Trainer(devices=1, num_nodes=1)")
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        raise InvalidArgumentError(
+            f"a run of {trainer.world_size} processes by {type(trainer.strategy).__name__} cannot be steered through "
+            'Lightning; pass Trainer(strategy="ddp"), or shard the model by torch.distributed.fsdp.fully_shard in a '
+            "loop of your own"
+        )
     if not pl_module.automatic_optimization:
         raise InvalidArgumentError(
             "this LightningModule has `automatic_optimization = False`: nobody but itself knows its steps; make a "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.integrations.contract import (
     Watched,
     over_the_contract,
 )
+from tests.torch.crew import Crew
 
 pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 from metalearn.integrations.lightning import MetaSchedulerCallback, _call_closure_first  # noqa: E402
@@ -85,12 +88,12 @@ def trained(job: Job, module: Any, **options: Any) -> Any:
     return trainer
 
 
-def run(job: Job) -> Outcome:
-    module, options = Module(job), {}
+def run(job: Job, **options: Any) -> Outcome:
+    module = Module(job)
     if job.save:
         checkpoint = pl.callbacks.ModelCheckpoint(job.folder, "saved", save_on_train_epoch_end=True, every_n_epochs=1)
         checkpoint.on_train_epoch_end = once(checkpoint.on_train_epoch_end)
-        options = {"callbacks": [checkpoint], "enable_checkpointing": True}
+        options = {**options, "callbacks": [checkpoint], "enable_checkpointing": True}
     trained(job, module, **options)
     return module.kept[0].outcome(None if module.callback is None else module.callback.scheduler)
 
@@ -194,3 +197,41 @@ def test_a_module_without_metrics_is_told(job: Job):
 def test_before_fit_there_is_no_scheduler(job: Job):
     with pytest.raises(SessionError, match="no scheduler before training starts"):
         MetaSchedulerCallback(domain=job.domain.profile).scheduler  # noqa: B018
+
+
+def run_in_rank(job: Job, port: int) -> list[dict[str, Any]]:
+    """Run a job in one of the processes that Lightning finds by the environment, then again from its checkpoint."""
+    rank = os.environ["CREW_RANK"]
+    os.environ.update(NODE_RANK="0", LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    outcomes = []
+    for one in (replace(job, save=True), replace(job, resume=True)):
+        strategy = pl.strategies.DDPStrategy(process_group_backend="gloo")
+        outcome = run(one, strategy=strategy, devices=2)
+        outcomes.append({"weights": outcome.weights, "decisions": outcome.decisions})
+    torch.distributed.destroy_process_group()
+    return outcomes
+
+
+def test_two_processes_decide_as_one_and_resume_from_a_checkpoint(job: Job):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    crew = Crew(2, job.folder)
+    try:
+        results = crew.run(run_in_rank, job, port, group=False)
+    finally:
+        crew.close()
+    for result in results:
+        assert isinstance(result, list), result
+    whole = results[0][0]
+    assert len(whole["decisions"]) > 2
+    for outcome in (outcome for result in results for outcome in result):  # of both ranks, whole and resumed
+        assert outcome["decisions"] == whole["decisions"]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(outcome["weights"], whole["weights"], strict=True))
+
+
+def test_another_way_to_share_the_work_is_refused(job: Job):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pl.Trainer, "world_size", 4)
+        with pytest.raises(InvalidArgumentError, match="a run of 4 processes by SingleDeviceStrategy cannot be steered"):
+            trained(job, Module(job))
