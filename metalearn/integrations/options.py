@@ -105,20 +105,3 @@ def complete_options(options: Mapping[str, Any], found: Found) -> dict[str, Any]
     if completed.get("rollback") is not None:
         completed["tracked"] = (*found.tracked, *completed.get("tracked", ()))
     return completed
-
-
-def require_one_process(num_processes: int, remedy: str) -> None:
-    """Refuses a run of several processes, of which the adapter does not save what each has measured.
-
-    Args:
-      num_processes: of the run.
-      remedy: what to pass to the framework instead.
-
-    Raises:
-      InvalidArgumentError: there is more than one.
-    """
-    if num_processes > 1:
-        raise InvalidArgumentError(
-            f"a run of {num_processes} processes is not steered by this adapter, whose checkpoints hold one's "
-            f"state; {remedy}, or use Accelerate's adapter or a loop of your own, which do"
-        )

@@ -26,7 +26,7 @@ except ImportError as missing:
 
 from metalearn.errors import InvalidArgumentError
 from metalearn.integrations.deferred import DeferredScheduler
-from metalearn.integrations.options import Found, SchedulerOptions, require_one_process
+from metalearn.integrations.options import Found, SchedulerOptions
 from metalearn.torch import MetaScheduler
 
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
@@ -41,6 +41,8 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
     every checkpoint, and `Trainer.train(resume_from_checkpoint=...)` goes on with the same decisions. With `rollback`,
     the learning-rate scheduler goes back too; the Trainer's own step counter does not.
 
+    Several processes train by DDP (`torchrun`): rank 0 decides for all, from what all have measured.
+
     The loss is what the model's `forward` returns as `loss`. Where the Trainer computes another (`compute_loss`,
     `compute_loss_func`, label smoothing), call `record` with that.
 
@@ -51,8 +53,8 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
       **options: keyword arguments of MetaScheduler, see `SchedulerOptions`; `domain` is needed.
 
     Raises:
-      InvalidArgumentError: an option is unknown or wrong; later, when training starts: several processes or devices,
-        `restore_callback_states_from_checkpoint`, an optimizer that already has a MetaScheduler.
+      InvalidArgumentError: an option is unknown or wrong; later, when training starts: several processes in another way
+        than DDP, several devices in one, `restore_callback_states_from_checkpoint`, an optimizer that already has a MetaScheduler.
     """
 
     def __init__(self, **options: Unpack[SchedulerOptions]) -> None:
@@ -60,6 +62,9 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
         self._forward_hook: Any = None
         self._recorded = False
         """whether losses come from `record`, not from the model's outputs"""
+        self._ranks = 1
+        self._state: dict[str, Any] | None = None
+        """of several processes, who make it together where it may be saved: only the first is asked for it then"""
 
     @property
     def scheduler(self) -> MetaScheduler:
@@ -81,6 +86,7 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
         """Makes the scheduler: model and optimizer have been restored by now."""
         _check_arguments(args)
         self._let_go()
+        self._ranks, self._state = args.world_size, None
         model, optimizer, name = kwargs["model"], kwargs["optimizer"], type(self).__name__
         saved = state.stateful_callbacks.setdefault(name, self.state())
         if isinstance(saved, dict) and saved["attributes"]:
@@ -103,11 +109,17 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
             source="let the model's `forward` return a dict with `loss`, or call `MetaSchedulerCallback.record` with "
             "it in your `compute_loss`"
         )
+        self._gather(control.should_save)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes the state that is to be saved."""
+        self._gather(control.should_save)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reports an evaluation during training."""
+        """Reports an evaluation during training, after which the Trainer may decide to save."""
         if self._forward_hook is not None:
             self.scheduler.report(kwargs["metrics"])
+            self._gather(True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Lets go of the optimizer and the model."""
@@ -115,8 +127,12 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
 
     def state(self) -> dict[str, Any]:
         """Returns the scheduler's state as text, for `trainer_state.json`."""
-        held = self._deferred.state_dict()
+        held = self._deferred.state_dict() if self._state is None else self._state
         return {"args": {}, "attributes": {"scheduler": _encode(held)} if held else {}}
+
+    def _gather(self, saves: bool) -> None:
+        if self._ranks > 1 and saves:
+            self._state = self._deferred.state_dict(of_all_ranks=True)
 
     def _see_outputs(self, module: Any, inputs: Any, outputs: Any) -> None:
         if self._recorded or not module.training:
@@ -133,7 +149,12 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
 
 
 def _check_arguments(args: Any) -> None:
-    require_one_process(args.world_size, "start one process")
+    others = [name for name in ("fsdp", "deepspeed", "parallelism_config") if getattr(args, name, None)]
+    if args.world_size > 1 and others:
+        raise InvalidArgumentError(
+            f"a run of {args.world_size} processes by `{others[0]}` cannot be steered through the Trainer; let it train "
+            "by DDP, or shard the model by torch.distributed.fsdp.fully_shard in a loop of your own"
+        )
     if args.n_gpu > 1:
         raise InvalidArgumentError(
             f"the Trainer would spread each batch over {args.n_gpu} GPUs by DataParallel, which this callback cannot "

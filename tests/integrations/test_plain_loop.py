@@ -14,7 +14,7 @@ import pytest
 
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.integrations.deferred import DeferredScheduler
-from metalearn.integrations.options import Found, SchedulerOptions, complete_options, require_one_process
+from metalearn.integrations.options import Found, SchedulerOptions, complete_options
 from metalearn.torch import MetaScheduler
 from tests.integrations import plain
 from tests.integrations.contract import Job, over_the_contract, unknown_options_are_refused
@@ -94,12 +94,6 @@ def test_before_training_there_is_no_scheduler(job: Job):
     assert deferred.state_dict() == {}
     with pytest.raises(SessionError, match="no scheduler before training starts"):
         deferred.scheduler  # noqa: B018
-
-
-def test_several_processes_are_refused():
-    require_one_process(1, "start one process")
-    with pytest.raises(InvalidArgumentError, match=r"2 processes is not steered.*; start one process, or use A"):
-        require_one_process(2, "start one process")
 
 
 @pytest.mark.slow

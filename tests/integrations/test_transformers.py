@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from tests.integrations.contract import (
     Watched,
     over_the_contract,
 )
+from tests.torch.crew import Crew
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 pytest.importorskip("accelerate", reason="its Trainer needs Accelerate, which is not installed")
@@ -76,10 +80,10 @@ def trainer_for(job: Job, watched: Watched, callback: Any, kind: Any = transform
     )
 
 
-def run(job: Job) -> Outcome:
+def run(job: Job, **options: Any) -> Outcome:
     watched = Watched(job)
     callback = None if job.controller is None else MetaSchedulerCallback(**job.scheduler_options)
-    trainer = trainer_for(job, watched, callback)
+    trainer = trainer_for(job, watched, callback, **options)
     trainer.train(resume_from_checkpoint=str(job.folder / f"checkpoint-{EPOCH}") if job.resume else None)
     return watched.outcome(None if callback is None else callback.scheduler)
 
@@ -141,3 +145,42 @@ def test_callbacks_made_anew_are_refused(job: Job):
     trainer = trainer_for(job, watched, callback, restore_callback_states_from_checkpoint=True)
     with pytest.raises(InvalidArgumentError, match="`restore_callback_states_from_checkpoint` makes callbacks anew"):
         trainer.train()
+
+
+def run_in_rank(job: Job, port: int) -> list[dict[str, Any]]:
+    """Run a job in one of the processes that the Trainer finds by the environment, then again from its checkpoint."""
+    rank = os.environ["CREW_RANK"]
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    outcomes = []
+    for one in (replace(job, save=True), replace(job, resume=True)):
+        outcome = run(one, ddp_backend="gloo", save_steps=EPOCH)
+        ranks = torch.distributed.get_world_size()
+        outcomes.append({"weights": outcome.weights, "decisions": outcome.decisions, "ranks": ranks})
+    torch.distributed.destroy_process_group()
+    return outcomes
+
+
+def test_two_processes_decide_as_one_and_resume_from_a_checkpoint(job: Job):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    crew = Crew(2, job.folder)
+    try:
+        results = crew.run(run_in_rank, job, port, group=False)
+    finally:
+        crew.close()
+    for result in results:
+        assert isinstance(result, list), result
+    whole = results[0][0]
+    assert whole["ranks"] == 2 and len(whole["decisions"]) > 2
+    for outcome in (outcome for result in results for outcome in result):  # of both ranks, whole and resumed
+        assert outcome["decisions"] == whole["decisions"]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(outcome["weights"], whole["weights"], strict=True))
+
+
+def test_another_way_to_share_the_work_is_refused(job: Job):
+    watched, callback = Watched(job), MetaSchedulerCallback(**job.scheduler_options)
+    trainer = trainer_for(job, watched, callback)
+    arguments = SimpleNamespace(world_size=4, fsdp=["full_shard"])
+    with pytest.raises(InvalidArgumentError, match="a run of 4 processes by `fsdp` cannot be steered through"):
+        callback.on_train_begin(arguments, trainer.state, trainer.control)
