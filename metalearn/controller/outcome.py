@@ -250,7 +250,8 @@ class OutcomeDistribution:
     def _quantiles(self, *levels: float) -> np.ndarray:
         """Returns quantiles [..., P]."""
         normals = [NormalDist().inv_cdf(level) for level in levels]
-        means, stds = (part.reshape(-1, part.shape[-1]).tolist() for part in np.broadcast_arrays(self.component_mean, self.component_std))
+        both = np.broadcast_arrays(self.component_mean, self.component_std)
+        means, stds = (part.reshape(-1, part.shape[-1]).tolist() for part in both)
         found = [
             [_mixture_quantile(mean, std, level, z) for level, z in zip(levels, normals, strict=True)]
             for mean, std in zip(means, stds, strict=True)

@@ -122,7 +122,7 @@ class MetaSchedulerCallback(Callback):
         self._deferred.end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the scheduler's state, for Lightning's checkpoint: of all processes, each of which is asked for it."""
+        """Returns the scheduler's state, for Lightning's checkpoint; each process is asked for it."""
         if self._last_state is not None:
             return self._last_state
         return self._deferred.state_dict(of_all_ranks=self._of_all_ranks)

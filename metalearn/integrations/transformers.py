@@ -54,7 +54,8 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
 
     Raises:
       InvalidArgumentError: an option is unknown or wrong; later, when training starts: several processes in another way
-        than DDP, several devices in one, `restore_callback_states_from_checkpoint`, an optimizer that already has a MetaScheduler.
+        than DDP, several devices in one, `restore_callback_states_from_checkpoint`, an optimizer that already has a
+        MetaScheduler.
     """
 
     def __init__(self, **options: Unpack[SchedulerOptions]) -> None:
@@ -152,8 +153,8 @@ def _check_arguments(args: Any) -> None:
     others = [name for name in ("fsdp", "deepspeed", "parallelism_config") if getattr(args, name, None)]
     if args.world_size > 1 and others:
         raise InvalidArgumentError(
-            f"a run of {args.world_size} processes by `{others[0]}` cannot be steered through the Trainer; let it train "
-            "by DDP, or shard the model by torch.distributed.fsdp.fully_shard in a loop of your own"
+            f"a run of {args.world_size} processes by `{others[0]}` cannot be steered through the Trainer; let it "
+            "train by DDP, or shard the model by torch.distributed.fsdp.fully_shard in a loop of your own"
         )
     if args.n_gpu > 1:
         raise InvalidArgumentError(
