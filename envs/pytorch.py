@@ -119,7 +119,8 @@ class PyTorchEnvironment:
         for module in dropout_modules(state.model):
             module.p = float(values.dropout)
         for index in range(steps):
-            multiplier = float(schedule_multiplier(np.float64((int(plan.first_step) + index) / horizon), np))
+            progress = np.float64((int(plan.first_step) + index) / horizon)
+            multiplier = float(schedule_multiplier(progress, np, float(plan.decay_to)))
             for group, param_group in enumerate(state.optimizer.param_groups):
                 row = 0 if plan.single_group else group
                 param_group["lr"] = float(values.learning_rate[row]) * multiplier

@@ -341,7 +341,7 @@ class VectorizedEnvironment:
             batch = learner.draw(task.data, uniforms[:-1], keep)
             loss, gradient = learner.loss_and_gradient(params, task.data, batch)
             progress = (plan.first_step + index).astype(jnp.float32) / plan.horizon
-            rate = values.learning_rate * schedule_multiplier(progress, jnp)
+            rate = values.learning_rate * schedule_multiplier(progress, jnp, plan.decay_to)
             hyperparameters = Hyperparameters(
                 *(self._of_groups(value, plan) for value in (rate, values.weight_decay, values.beta1))
             )

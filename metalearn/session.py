@@ -168,7 +168,7 @@ class Session:
         if self.horizon is None:
             return [1.0] * count
         steps = np.arange(first, first + count, dtype=np.float64)
-        return schedule_multiplier(steps / self.horizon, np).tolist()
+        return schedule_multiplier(steps / self.horizon, np, self._config.decay_to).tolist()
 
     def tell(
         self,

@@ -5,7 +5,7 @@
 
 The columns of a file of yours are user_id, item_id[, timestamp, rating].
 
-Arms: AdamW as PyTorch ships it; the best fixed configuration known from meta-training, with cosine decay; the
+Arms: AdamW as PyTorch ships it; the best fixed configuration and schedule known from meta-training; the
 controller. Writes results.json, decisions.jsonl, trajectories.png and an offline W&B run to the output folder. About
 3 minutes on 2 cores.
 """
@@ -43,7 +43,7 @@ from provenance import provenance
 
 ARMS = {
     "default": "AdamW as PyTorch ships it",
-    "fixed": "best fixed configuration, cosine",
+    "fixed": "best fixed configuration and schedule",
     "controller": "metalearn controller",
 }
 
@@ -101,7 +101,8 @@ def run_arm(
             betas=(best["beta1"], 0.999),
         )
         decay = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: float(schedule_multiplier(np.float64(step / settings.steps), np))
+            optimizer,
+            lambda step: float(schedule_multiplier(np.float64(step / settings.steps), np, controller.config.decay_to)),
         )
         steering = PlainSchedule(settings.interval, decay)
     else:

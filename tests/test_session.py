@@ -229,13 +229,14 @@ def test_intervals_without_steps_are_refused(controller: Controller, steps: floa
     assert session.ask().index == 0
 
 
-def test_past_the_horizon_it_goes_on_with_a_tenth_of_the_rate(controller: Controller):
+def test_past_the_horizon_it_goes_on_with_what_is_left_of_the_rate(controller: Controller):
     session = start(controller, horizon=100)
     for _ in range(6):
         decision = session.tell(make_interval(steps=50.0))
     assert decision.step == 300
-    assert session.multiplier(99) < 0.001
-    assert decision.schedule == session.multiplier(100) == session.multiplier(10**6) == 0.1
+    left = controller.config.decay_to
+    assert left < session.multiplier(99) < left + 0.001
+    assert decision.schedule == session.multiplier(100) == session.multiplier(10**6) == left
     assert all(math.isfinite(value) for group in decision.groups for value in group.values())
 
 

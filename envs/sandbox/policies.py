@@ -127,7 +127,7 @@ class Unguarded:
       optimizer, model: of the run.
       cell: where it takes place.
       start: the controller's start configuration.
-      controller: whose space it is.
+      controller: whose space and schedule they are.
       episode: with a hostile policy or a reckless advisor.
     """
 
@@ -143,6 +143,7 @@ class Unguarded:
     ) -> None:
         self._optimizer, self._dropouts, self._cell = optimizer, dropout_modules(model), cell
         self._episode, self._space = episode, controller.config.space
+        self._decay_to = controller.config.decay_to
         rows = [[self._space[name].encode(group[name]) for name in GROUP_CONTROLLED] for group in start.groups]
         self._group = np.array(rows)
         self._run = np.array([self._space[name].encode(start.run.get(name, 0.0)) for name in GLOBAL_CONTROLLED])
@@ -201,7 +202,7 @@ class Unguarded:
         proposal = self._episode.find("learning_rate_proposal")
         factor = 1.0
         if horizon is not None:
-            factor = float(schedule_multiplier(np.float64(self.steps / horizon), np))
+            factor = float(schedule_multiplier(np.float64(self.steps / horizon), np, self._decay_to))
         if proposal is not None and 0 <= self.steps - round(proposal.at * budget.steps) < proposal.lasts:
             factor *= proposal.size
         for group, row in zip(self._optimizer.param_groups, self._group, strict=True):

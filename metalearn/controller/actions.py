@@ -14,10 +14,11 @@ import numpy as np
 from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, ControllerConfig
 
 BASE_SCHEDULES = ("cosine", "averaged_constant")
-"""With a known horizon the rate decays to zero by a cosine; with an unknown one it holds, and iterates are averaged."""
+"""With a known horizon the rate decays by a cosine; with an unknown one it holds, and iterates are averaged."""
 
 PAST_HORIZON = 0.1
-"""Share of the start's rate that a run holds when it goes on past its horizon: somebody had told it too short a one."""
+"""Share of the start's rate that a run holds at least when it goes on past its horizon: somebody had told it too short
+a one."""
 
 DAMPING = 8.0
 """How fast confidence falls as descriptors leave the meta-training range; see `confidence`."""
@@ -51,17 +52,22 @@ class Values(NamedTuple):
     dropout: Any
 
 
-def schedule_multiplier(progress: Any, xp: ModuleType) -> Any:
-    """Returns the base schedule's factor on the rate: (1 + cos πp) / 2, `PAST_HORIZON` from p = 1 on, 1 where p is NaN.
+def schedule_multiplier(progress: Any, xp: ModuleType, decay_to: Any = 0.0) -> Any:
+    """Returns the base schedule's factor on the rate: from 1 by half a cosine to a share, 1 where progress is NaN.
 
-    >>> [float(schedule_multiplier(np.array(progress), np)) for progress in (0.5, 1.0, float("nan"))]
-    [0.5, 0.1, 1.0]
+    From the horizon on it is that share, at least `PAST_HORIZON`.
+
+    >>> [round(float(schedule_multiplier(np.array(p), np, 0.3)), 3) for p in (0.0, 0.5, 1.0, 2.0, float("nan"))]
+    [1.0, 0.65, 0.3, 0.3, 1.0]
 
     Args:
       progress: the step's number over the horizon; NaN without a horizon.
+      xp: `numpy` or `jax.numpy`.
+      decay_to: share of the rate, see `ControllerConfig`.
     """
     cosine = 0.5 * (1.0 + xp.cos(xp.minimum(xp.maximum(progress, 0.0), 1.0) * np.pi))
-    return xp.where(xp.isfinite(progress), xp.where(progress < 1.0, cosine, PAST_HORIZON), 1.0)
+    decayed = xp.where(progress < 1.0, decay_to + (1.0 - decay_to) * cosine, xp.maximum(decay_to, PAST_HORIZON))
+    return xp.where(xp.isfinite(progress), decayed, 1.0)
 
 
 def confidence(distance: Any, xp: ModuleType) -> Any:

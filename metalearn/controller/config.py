@@ -63,6 +63,9 @@ class ControllerConfig:
       num_decisions: decisions in a run whose horizon is known; the interval is the horizon over this.
       descriptors: the meta-features, and after them the budget descriptors, that the controller reads.
       families: model families that have a base of their own.
+      decay_to: share of the learning rate that is left at a known horizon. Runs of few epochs over whole domains lose
+        by the last part of a full decay: they learn too little in it, and their weights, whose decay goes with the
+        rate, shrink too little.
       at_rest: those of them for which the base is all there is: the policy was not trained on them, or did no good.
       reach: per controlled hyperparameter.
     """
@@ -70,6 +73,7 @@ class ControllerConfig:
     hidden_size: int = 32
     code_size: int = 16
     num_decisions: int = 20
+    decay_to: float = 0.3
     descriptors: tuple[str, ...]
     families: tuple[str, ...] = ()
     at_rest: tuple[str, ...] = ()
@@ -79,6 +83,8 @@ class ControllerConfig:
         for name in ("hidden_size", "code_size", "num_decisions"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"`{name}` must be a positive int, got {getattr(self, name)}")
+        if not 0.0 <= self.decay_to <= 1.0:
+            raise InvalidArgumentError(f"`decay_to` must be a share between 0 and 1, got {self.decay_to}")
         if len(set(self.families)) < len(self.families):
             raise InvalidArgumentError(f"`families` must not repeat, got {self.families}")
         if not set(self.at_rest) <= set(self.families):

@@ -20,6 +20,8 @@ class Plan(NamedTuple):
     """steps of the whole run, NaN if the controller is not told"""
     single_group: Any
     """whether the loop put all parameters into one group: the first [G] value then holds, the others are NaN"""
+    decay_to: Any = 0.0
+    """share of the learning rate that is left at the horizon, see `schedule_multiplier`"""
 
 
 DIVERGED_RATIO = 1.5

@@ -19,10 +19,10 @@ parameter group) and dropout. Written by `scripts/meta_train.py`; everything bel
 - {episodes} episodes of {num_decisions} decisions; preset `{preset}`, seed {seed}, commit {commit}.
 
 ## Base
-With cosine decay (known horizon), or held with averaged iterates (unknown horizon). An untrained or out-of-range
-controller is exactly this: the configuration that did best, without a controller, on the largest meta-training tasks of
-the family; `other` is for models of any other family, and did best over all of them.
-{at_rest}
+The rate decays by a cosine to {decayed:.0%} (known horizon), or is held, with averaged iterates (unknown horizon). An
+untrained or out-of-range controller is exactly this: the configuration that did best, without a controller, on the
+largest meta-training tasks of the family; `other` is for models of any other family, and did best over all of them.
+{at_rest}{tempered}
 | family | horizon | {names} |
 |---|---|{rules}|
 {base}
@@ -69,8 +69,20 @@ The policy is at rest for {", ".join(config.at_rest)}: for those of them that it
 than the base on validation domains. Their bases were chosen by runs on whole domains (`scripts/choose_base.py`; where
 they are given in `bases.json` beside this, on which).
 """
+    released = provenance.get("tempered")
+    tempered = (
+        ""
+        if released is None
+        else f"""
+How far the rate decays, and that the policy's in-run actions are {released["policy_share"]:g} of what it has learnt,
+was chosen by runs on whole domains ({", ".join(released["domains"])}; `scripts/choose_release.py`): a gain of
+{released["gain"]:+.4f} in log(NDCG@10 + 0.02).
+"""
+    )
     path.write_text(
         _TEMPLATE.format(
+            decayed=config.decay_to,
+            tempered=tempered,
             sizes=", ".join(
                 f"{b['learner']} {b['users']} x {b['items']} (d {b['dim']}, batch {b['batch']})"
                 for b in provenance["buckets"]

@@ -63,6 +63,41 @@ def rebased(checkpoint: Checkpoint, chosen: Sequence[ChosenBase]) -> Checkpoint:
     )
 
 
+IN_RUN_HEADS = ("group_head/", "run_head/")
+"""Parameters that the in-run actions are proportional to, before tanh."""
+
+
+def tempered(checkpoint: Checkpoint, *, decay_to: float, policy_share: float, **provenance: Any) -> Checkpoint:
+    """Returns a released checkpoint with another schedule, and with in-run actions that are a share of what they were.
+
+    A policy answers the schedule that it was trained under: under another one less of it may be right.
+
+    Args:
+      checkpoint: as it is.
+      decay_to: see `ControllerConfig`.
+      policy_share: 1 leaves the policy as it is, 0 leaves the start alone.
+      provenance: on what grounds; kept in the checkpoint.
+
+    Raises:
+      InvalidArgumentError: the share is out of range.
+    """
+    if not 0.0 <= policy_share <= 1.0:
+        raise InvalidArgumentError(f"`policy_share` must be between 0 and 1, got {policy_share}")
+    share = np.float32(policy_share)
+    return replace(
+        checkpoint,
+        config=replace(checkpoint.config, decay_to=decay_to),
+        network={
+            name: share * tensor if name.startswith(IN_RUN_HEADS) else tensor
+            for name, tensor in checkpoint.network.items()
+        },
+        provenance={
+            **checkpoint.provenance,
+            "tempered": {"decay_to": decay_to, "policy_share": policy_share, **provenance},
+        },
+    )
+
+
 def with_harmed_at_rest(controller: ControllerConfig, validation: dict[str, float]) -> ControllerConfig:
     """Puts at rest the families that did worse than their base on validation domains.
 

@@ -224,7 +224,7 @@ def _signals(
     last = intervals * run.steps - 1.0
     group_residual, run_residual = relative_residual(position, config, jnp)
     controls = Controls(
-        learning_rate=in_force.learning_rate * schedule_multiplier(last / run.horizon, jnp),
+        learning_rate=in_force.learning_rate * schedule_multiplier(last / run.horizon, jnp, config.decay_to),
         weight_decay=in_force.weight_decay,
         group_residual=group_residual * ours[: group_residual.shape[1]],
         dropout=in_force.dropout,
@@ -340,7 +340,7 @@ def advance(
     def interval(carry: Any, index: Any) -> Any:
         state, history, hidden, position, best = carry
         in_force = values(position, config, jnp)
-        plan = Plan(num_steps, index * num_steps, run.horizon, spec.single_group)
+        plan = Plan(num_steps, index * num_steps, run.horizon, spec.single_group, config.decay_to)
         state, statistics = environment.step(task, state, in_force, plan, key=jax.random.fold_in(key_model, index + 1))
         known = Values(*(value * ours[column] for column, value in enumerate(in_force)))
         features, history = _signals(config, run, statistics, known, position, history, index, ours)

@@ -250,8 +250,19 @@ def an_unknown_horizon_has_no_schedule(contract: EnvironmentContract) -> None:
     )
 
 
+def the_rate_keeps_its_share(contract: EnvironmentContract) -> None:
+    """The rate decays to the plan's share of it: where that is all, training goes as without a horizon."""
+    steps = float(contract.steps)
+    unknown = contract.run(intervals=1).statistics.loss_sum
+    kept = contract.run(intervals=1, horizon=steps, decay_to=1.0).statistics.loss_sum
+    _require(
+        bool(np.allclose(unknown, kept, rtol=1e-4)),
+        f"with a `decay_to` of 1 the rate must hold, got losses {kept}, without a horizon {unknown}",
+    )
+
+
 def the_rate_ends_at_zero(contract: EnvironmentContract) -> None:
-    """With a known horizon the rate falls to zero by its end; after it a tenth of the rate is held."""
+    """With a known horizon, nothing being kept, the rate falls to zero; after it a tenth of the rate is held."""
     steps = contract.steps
 
     def movement(horizon: float) -> np.ndarray:
@@ -344,6 +355,7 @@ ENVIRONMENT_CHECKS: tuple[Check, ...] = (
     every_value_has_an_effect,
     one_group_is_measured_as_one,
     an_unknown_horizon_has_no_schedule,
+    the_rate_keeps_its_share,
     the_rate_ends_at_zero,
 )
 """For every environment, each a function of an `EnvironmentContract`."""

@@ -94,6 +94,7 @@ class EnvironmentContract:
         first_step: int = 0,
         horizon: float = math.nan,
         single_group: bool = False,
+        decay_to: float = 0.0,
         look: bool = False,
         **values: Any,
     ) -> Run:
@@ -107,13 +108,21 @@ class EnvironmentContract:
           first_step: steps said to be taken before the first interval.
           horizon: steps of the whole run, NaN if unknown.
           single_group: whether all parameters are one group.
+          decay_to: share of the rate that is left at the horizon.
           look: whether score and status are asked for after every interval, not only at the end.
           **values: instead of those in `values`; a number for all groups, or [G].
         """
         state = self.reset(task=task, seed=seed)
         rows = []
         for index in range(intervals):
-            plan = self.plan(index, steps=steps, first_step=first_step, horizon=horizon, single_group=single_group)
+            plan = self.plan(
+                index,
+                steps=steps,
+                first_step=first_step,
+                horizon=horizon,
+                single_group=single_group,
+                decay_to=decay_to,
+            )
             state, statistics = self.step(state, plan, index, task=task, seed=seed, **values)
             rows.append(statistics)
             if look:
@@ -181,15 +190,22 @@ class EnvironmentContract:
         first_step: int = 0,
         horizon: float = math.nan,
         single_group: bool = False,
+        decay_to: float = 0.0,
     ) -> Plan:
         """Returns the plan of interval `index`; arguments as in `run`."""
         steps = steps or self.steps
         first_step += index * steps
         if not self.jitted:
-            return Plan(steps, first_step, horizon, single_group)
+            return Plan(steps, first_step, horizon, single_group, decay_to)
         import jax.numpy as jnp
 
-        return Plan(jnp.int32(steps), jnp.int32(first_step), jnp.float32(horizon), jnp.bool_(single_group))
+        return Plan(
+            jnp.int32(steps),
+            jnp.int32(first_step),
+            jnp.float32(horizon),
+            jnp.bool_(single_group),
+            jnp.float32(decay_to),
+        )
 
     def key(self, seed: Any, index: Any) -> Any:
         """Returns the key of one call: 0 of reset, above 0 of the intervals."""

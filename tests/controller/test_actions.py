@@ -34,9 +34,11 @@ def start(modifier: np.ndarray | float = 0.0, trust: float = 1.0, num_groups: in
     return start_position(BASE, np.full(S, 0.5), np.broadcast_to(modifier, S), trust, CONFIG, num_groups, np)
 
 
-def test_base_schedule_is_a_cosine():
-    progress = np.array([-1.0, 0.0, 1 / 3, 0.5, 1.0 - 1e-9, 1.0, 1.5])
-    np.testing.assert_allclose(schedule_multiplier(progress, np), [1.0, 1.0, 0.75, 0.5, 0.0, 0.1, 0.1], atol=1e-15)
+def test_base_schedule_is_a_cosine_that_keeps_a_share():
+    progress = np.array([-1.0, 0.0, 1 / 3, 0.5, 1.0, 1.5])
+    cosine = np.array([1.0, 1.0, 0.75, 0.5, 0.0, 0.0])
+    np.testing.assert_allclose(schedule_multiplier(progress, np, 0.3), 0.3 + 0.7 * cosine, atol=1e-15)
+    np.testing.assert_allclose(schedule_multiplier(progress, np), [*cosine[:4], 0.1, 0.1], atol=1e-15)
     assert schedule_multiplier(np.array(np.nan), np) == 1.0
 
 

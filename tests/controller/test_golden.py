@@ -11,6 +11,7 @@ from safetensors.numpy import load
 
 from metalearn import load_controller
 from metalearn.controller import CONTROLLED, load_checkpoint, save_checkpoint
+from metalearn.controller.checkpoint import FORMAT_VERSION
 from metalearn.errors import CheckpointError, InvalidArgumentError
 from tests.golden_decisions import NUM_INTERVALS, decide, golden_checkpoint, recorded_decisions
 from tests.intervals import make_profile
@@ -66,10 +67,19 @@ def test_format_1_knows_no_family():
         controller.start(make_profile(), family="matrix_factorization")
 
 
-def test_format_1_written_again_is_the_current_format(tmp_path: Path):
-    checkpoint = load_checkpoint(FORMAT_1)
+def test_the_rate_of_formats_1_and_2_decays_to_nothing():
+    for version in (1, 2):
+        controller = load_controller(golden_checkpoint(version))
+        session = controller.start(make_profile(), horizon=1000)
+        assert [session.multiplier(step) for step in (0, 500, 999, 1000)] == pytest.approx([1, 0.5, 0, 0.1], abs=1e-5)
+    assert controller.config.decay_to == 0.0
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_old_format_written_again_is_the_current_one(tmp_path: Path, version: int):
+    checkpoint = load_checkpoint(golden_checkpoint(version))
     again = load_checkpoint(save_checkpoint(checkpoint, tmp_path / "controller.safetensors"))
-    assert raw(tmp_path / "controller.safetensors")[1]["format_version"] == "2"
+    assert raw(tmp_path / "controller.safetensors")[1]["format_version"] == FORMAT_VERSION
     assert again.config == checkpoint.config
     assert dict(again.provenance) == dict(checkpoint.provenance)
     np.testing.assert_array_equal(again.base, checkpoint.base)

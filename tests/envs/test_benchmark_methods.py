@@ -99,7 +99,8 @@ def test_one_cycle_is_torchs():
 
 def test_the_cosine_is_the_controllers():
     progress = np.linspace(0, 1, 11)[:-1]
-    np.testing.assert_allclose([SCHEDULES["cosine"](p) for p in progress], schedule_multiplier(progress, np))
+    cosine = np.array([SCHEDULES["cosine"](p) for p in progress])
+    np.testing.assert_allclose(0.3 + 0.7 * cosine, schedule_multiplier(progress, np, 0.3))
 
 
 def test_random_configurations_are_uniform_in_the_box():

@@ -162,7 +162,7 @@ def test_it_is_the_run_that_a_meta_scheduler_steers(domain, controller):
     sampler, validate = TripleSampler(domain.train, 32, seed=0), Evaluator(domain, "validation", max_users=50)
     for index in range(5):
         assert scheduler.decision.groups == session.ask().groups
-        plan = Plan(10, 10 * index, session.horizon, False)
+        plan = Plan(10, 10 * index, session.horizon, False, controller.config.decay_to)
         state, statistics = environment.step(domain, state, _controlled(session.ask()), plan, key=index)
         session.tell(statistics)
         with torch.random.fork_rng(devices=[]):

@@ -22,9 +22,10 @@ from metalearn.meta_training.config import MetaTrainConfig
 from metalearn.meta_training.loop import evaluate, iteration_chunks, meta_train, validation_chunks
 from metalearn.meta_training.model_card import write_model_card
 from metalearn.meta_training.outcome import OutcomeFitConfig
-from metalearn.meta_training.release import rebased, with_bases, with_harmed_at_rest
+from metalearn.meta_training.release import rebased, tempered, with_bases, with_harmed_at_rest
 from metalearn.meta_training.rollout import PolicyParams, Prior
 from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner
+from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES
 from tests.intervals import make_interval, make_profile
 from tests.meta_training.conftest import BASES
 from tests.meta_training.toy import ToyPool
@@ -318,3 +319,21 @@ def test_a_released_checkpoint_is_rebased_only_where_its_policy_is_at_rest():
     assert after.provenance["rebased"] == [[family, True, [0.01, 0.1, 0.9, 0.2]]]
     with pytest.raises(InvalidArgumentError, match="acts on matrix_factorization, whose base it was trained with"):
         rebased(shipped, [("matrix_factorization", True, (0.01, 0.1, 0.9, 0.2))])
+
+
+def test_a_tempered_policy_acts_by_a_share_under_another_schedule():
+    shipped = load_controller().checkpoint
+    after = tempered(shipped, decay_to=0.5, policy_share=0.25, domains=["one"])
+    assert after.provenance["tempered"] == {"decay_to": 0.5, "policy_share": 0.25, "domains": ["one"]}
+    changed = {name for name in shipped.network if not np.array_equal(after.network[name], shipped.network[name])}
+    assert changed == {name for name in shipped.network if name.startswith(("group_head/", "run_head/"))}
+    inputs = np.zeros((1, 32)), np.ones((1, len(GROUP_FEATURES))), np.ones(len(GLOBAL_FEATURES))
+    mine, theirs = (
+        Controller(checkpoint).network.act(*inputs, np.ones(16), np.zeros(1, int)) for checkpoint in (after, shipped)
+    )
+    np.testing.assert_allclose(mine[0], 0.25 * theirs[0], rtol=1e-6)
+    np.testing.assert_allclose(mine[1], 0.25 * theirs[1], rtol=1e-6)
+    assert load_controller().start(make_profile(), horizon=100).multiplier(100) != 0.5
+    assert Controller(after).start(make_profile(), horizon=100).multiplier(100) == 0.5
+    with pytest.raises(InvalidArgumentError, match="`policy_share` must be between 0 and 1, got 2"):
+        tempered(shipped, decay_to=0.5, policy_share=2)

@@ -240,7 +240,11 @@ def test_the_session_decides_as_the_rollout_did(
             recorded = np.asarray(getattr(episode.values, name))[0, index]
             np.testing.assert_allclose(getattr(values, name), recorded, rtol=2e-3, err_msg=f"{name}, {index}")
         plan = Plan(
-            jnp.int32(STEPS), jnp.int32(index * STEPS), jnp.float32(horizon if told else np.nan), jnp.bool_(False)
+            jnp.int32(STEPS),
+            jnp.int32(index * STEPS),
+            jnp.float32(horizon if told else np.nan),
+            jnp.bool_(False),
+            config.decay_to,
         )
         state, statistics = environment_step(task, state, values, plan, key=jax.random.fold_in(key, index + 1))
         np.testing.assert_allclose(statistics.validation, episode.validation[0, index], atol=0.02)

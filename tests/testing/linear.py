@@ -60,7 +60,8 @@ class LinearEnvironment:
 
     def rate(self, values: Values, plan: Plan, index: int) -> Any:
         """Return the learning rates of a step, [G]."""
-        return values.learning_rate * schedule_multiplier(np.float64((plan.first_step + index) / plan.horizon), np)
+        progress = np.float64((plan.first_step + index) / plan.horizon)
+        return values.learning_rate * schedule_multiplier(progress, np, plan.decay_to)
 
     def gradient(self, task: LinearTask, weights: np.ndarray, dropout: float, rng: np.random.Generator) -> Any:
         """Return loss and gradient of a batch."""

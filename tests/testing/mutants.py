@@ -245,6 +245,11 @@ class ScheduleLeftOut(LinearEnvironment):
         return values.learning_rate
 
 
+class DecaysAllTheWay(LinearEnvironment):
+    def rate(self, values, plan, index):
+        return super().rate(values, plan._replace(decay_to=0.0), index)
+
+
 class CosineComesBack(LinearEnvironment):
     """After the horizon the rate rises again."""
 

@@ -172,6 +172,7 @@ FAULTS = {
     ],
     "one_group_is_measured_as_one": [mutants.GroupsKeptApart(), mutants.SecondGroupMeasuredTwice()],
     "an_unknown_horizon_has_no_schedule": [mutants.HalfRateWithoutHorizon()],
+    "the_rate_keeps_its_share": [mutants.DecaysAllTheWay()],
     "the_rate_ends_at_zero": [mutants.ScheduleLeftOut(), mutants.CosineComesBack()],
     "one_program_serves_all": [mutants.CountOfAnotherType(), mutants.BranchesOnAValue()],
     "runs_in_batches": [mutants.ScoresOnTheHost(), mutants.BatchedDifferently()],
