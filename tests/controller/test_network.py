@@ -129,7 +129,9 @@ def test_numpy_and_flax_agree_on_a_recorded_run(checkpoint: Checkpoint, family: 
 def test_the_shipped_networks_agree_in_single_precision_too(num_groups: int):
     shipped = load_controller().checkpoint
     config, last = shipped.config, len(shipped.config.families)
-    assert config == ControllerConfig(descriptors=DESCRIPTORS, families=config.families, at_rest=config.at_rest)
+    assert config == ControllerConfig(
+        descriptors=DESCRIPTORS, families=config.families, at_rest=config.at_rest, decay_to=config.decay_to
+    )
     for observed in (random_observations(4, num_groups), recorded_observations(shipped)):
         arguments = (unflatten(shipped.network), *observed)
         assert_agree(run_numpy(*arguments, family=last), run_flax(*arguments, family=last, config=config), 1e-6)
