@@ -96,7 +96,8 @@ def test_the_twin_takes_a_thousandfold_learning_rate(cell: Cell, controller: Con
     twin.steps = STEPS // 2
     twin.step(torch.zeros(()))
     left = controller.config.decay_to
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1000 * before * (left + (1.0 - left) * 0.5))  # half of a cosine
+    halfway = 0.5 * (1.0 + left)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1000 * before * halfway)
 
 
 def test_a_reckless_advisor_is_held_to_the_guards_limits(cell: Cell, controller: Controller) -> None:
