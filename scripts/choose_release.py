@@ -1,7 +1,7 @@
 """Chooses how far the rate decays and how much of the in-run policy acts, by real PyTorch runs on whole domains.
 
     python scripts/choose_release.py --data DIR --output release.json                     # 10 minutes on 2 cores
-    python scripts/choose_release.py --data DIR --into checkpoints/default/controller.safetensors
+    python scripts/choose_release.py --data DIR --checkpoint controller.safetensors --into released.safetensors
     python scripts/choose_release.py --data DIR --quick                                   # a smoke check
 
 A policy is meta-trained on crops and in JAX, under one base schedule. Whether that schedule, and all of what the policy
@@ -83,14 +83,17 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     names = arguments.only or sorted(load_folder(arguments.data, role=arguments.role))
-    seeds, arms = arguments.seeds, [*product(DECAYS, SHARES)]
-    if arguments.quick:
-        names, seeds, arms = names[:1], 1, [(0.0, 1.0), (0.3, 0.3)]
     shipped = load_controller(arguments.checkpoint).checkpoint
+    as_it_is = shipped.config.decay_to, 1.0
+    seeds, arms = arguments.seeds, [as_it_is, *(arm for arm in product(DECAYS, SHARES) if arm != as_it_is)]
+    if arguments.quick:
+        names, seeds, arms = names[:1], 1, [as_it_is, (DECAYS[-1], SHARES[1])]
     if arguments.family not in {*shipped.config.families} - {*shipped.config.at_rest}:
         raise InvalidArgumentError(f"`--family` must be one that the policy acts on, got {arguments.family!r}")
-    if "tempered" in shipped.provenance:
-        raise InvalidArgumentError("this checkpoint was tempered already; pass the `--checkpoint` that it was made of")
+    if arguments.into is not None and "tempered" in shipped.provenance:
+        raise InvalidArgumentError(
+            "this checkpoint was tempered already; pass as `--checkpoint` the one that it was made of"
+        )
     with tempfile.TemporaryDirectory(prefix="choose-release-") as folder:
         paths = {
             arm: save_checkpoint(
@@ -100,7 +103,7 @@ def main() -> None:
         }
         # Without a horizon nothing decays: one decay stands for all.
         cells = [(arm, "controller") for arm in arms]
-        cells += [(arm, "controller_unknown") for arm in arms if arm[0] == arms[0][0] or arguments.quick]
+        cells += [(arm, "controller_unknown") for arm in arms if arm[0] == as_it_is[0] or arguments.quick]
         jobs = [
             (name, arguments.role, arguments.family, arguments.data, method, seed, paths[arm])
             for arm, method in cells
@@ -124,9 +127,7 @@ def main() -> None:
             }
         )
     by_horizon = {horizon: [row for row in rows if row["horizon"] == horizon] for horizon in ("known", "unknown")}
-    reference = {
-        horizon: next(row for row in found if row["policy_share"] == 1.0) for horizon, found in by_horizon.items()
-    }
+    reference = {horizon: found[0] for horizon, found in by_horizon.items()}  # the first is the checkpoint as it is
     for row in rows:
         for split in ("validation", "test"):
             row[f"{split}_gain"] = round(row[split] - reference[row["horizon"]][split], 4)
