@@ -6,6 +6,7 @@ same batches, same dropout, so the same weights to the bit.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from metalearn import Controller
 from metalearn.controller.decision import Decision
 from metalearn.errors import InvalidArgumentError
 from metalearn.torch import MetaScheduler, monitor
+from tests.torch.crew import Crew
 from tests.torch.test_host_syncs import Operations
 
 BATCH_SIZE, EPOCH, EPOCHS = 32, 12, 2
@@ -283,3 +285,27 @@ CHECKS = (
     unknown_options_are_refused,
 )
 over_the_contract = pytest.mark.parametrize("check", CHECKS, ids=[check.__name__ for check in CHECKS])
+
+
+def decided_as_one(run_in_rank: Callable[[Job, int], list[dict[str, Any]]], job: Job) -> dict[str, Any]:
+    """Run a job in two processes, whole and resumed, and check that all decide and end alike; return one outcome.
+
+    Args:
+      run_in_rank: of a module; takes the job and a free port, returns both outcomes with `decisions` and `weights`.
+      job: to run.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    crew = Crew(2, job.folder)
+    try:
+        results = crew.run(run_in_rank, job, port, group=False)
+    finally:
+        crew.close()
+    for result in results:
+        assert isinstance(result, list), result
+    whole = results[0][0]
+    for outcome in (outcome for result in results for outcome in result):  # of both ranks, whole and resumed
+        assert outcome["decisions"] == whole["decisions"]
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(outcome["weights"], whole["weights"], strict=True))
+    return whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +21,9 @@ from tests.integrations.contract import (
     Outcome,
     Triples,
     Watched,
+    decided_as_one,
     over_the_contract,
 )
-from tests.torch.crew import Crew
 
 pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 from metalearn.integrations.lightning import MetaSchedulerCallback, _call_closure_first  # noqa: E402
@@ -214,21 +213,8 @@ def run_in_rank(job: Job, port: int) -> list[dict[str, Any]]:
 
 
 def test_two_processes_decide_as_one_and_resume_from_a_checkpoint(job: Job):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    crew = Crew(2, job.folder)
-    try:
-        results = crew.run(run_in_rank, job, port, group=False)
-    finally:
-        crew.close()
-    for result in results:
-        assert isinstance(result, list), result
-    whole = results[0][0]
+    whole = decided_as_one(run_in_rank, job)
     assert whole["ranks"] == 2 and len(whole["decisions"]) > 2
-    for outcome in (outcome for result in results for outcome in result):  # of both ranks, whole and resumed
-        assert outcome["decisions"] == whole["decisions"]
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(outcome["weights"], whole["weights"], strict=True))
 
 
 def test_another_way_to_share_the_work_is_refused(job: Job):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -23,9 +22,9 @@ from tests.integrations.contract import (
     Outcome,
     Triples,
     Watched,
+    decided_as_one,
     over_the_contract,
 )
-from tests.torch.crew import Crew
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 pytest.importorskip("accelerate", reason="its Trainer needs Accelerate, which is not installed")
@@ -161,21 +160,8 @@ def run_in_rank(job: Job, port: int) -> list[dict[str, Any]]:
 
 
 def test_two_processes_decide_as_one_and_resume_from_a_checkpoint(job: Job):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    crew = Crew(2, job.folder)
-    try:
-        results = crew.run(run_in_rank, job, port, group=False)
-    finally:
-        crew.close()
-    for result in results:
-        assert isinstance(result, list), result
-    whole = results[0][0]
+    whole = decided_as_one(run_in_rank, job)
     assert whole["ranks"] == 2 and len(whole["decisions"]) > 2
-    for outcome in (outcome for result in results for outcome in result):  # of both ranks, whole and resumed
-        assert outcome["decisions"] == whole["decisions"]
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(outcome["weights"], whole["weights"], strict=True))
 
 
 def test_another_way_to_share_the_work_is_refused(job: Job):
