@@ -86,6 +86,7 @@ class Session:
         roles: Sequence[str],
         family: str | None,
         horizon: int | None,
+        decays: bool,
         batch_size: int | None,
         interval: int | None,
         initial: Sequence[Mapping[str, float]] | None,
@@ -99,10 +100,11 @@ class Session:
         # NumPy's integers are welcome, but a state_dict holds plain ones.
         horizon, batch_size, interval = (None if n is None else int(n) for n in (horizon, batch_size, interval))
         self._fingerprints = {"controller": controller.fingerprint, "domain": profile.fingerprint}
-        self.family, self.horizon, self.batch_size = family, horizon, batch_size
         config = self._config = controller.config
         epoch = profile.num_interactions / batch_size if batch_size else None
         self.interval = interval or decision_interval(config.num_decisions, horizon, epoch)
+        horizon = horizon if decays else None
+        self.family, self.horizon, self.batch_size = family, horizon, batch_size
         self._epoch = math.nan if epoch is None else epoch
         self._setting = make_setting(
             controller,

@@ -41,7 +41,7 @@ from metalearn.controller.outcome import METRIC_OFFSET
 from metalearn.errors import InvalidArgumentError, MetalearnError
 from provenance import provenance
 
-HORIZONS = {"known": "base", "unknown": "base_unknown"}
+HORIZONS = {"known": "base_decaying", "unknown": "base"}
 """What is chosen for, and the benchmark's method that runs it."""
 CACHE = Path("runs/benchmark/domains")
 

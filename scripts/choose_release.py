@@ -102,8 +102,8 @@ def main() -> None:
             for index, arm in enumerate(arms)
         }
         # Without a horizon nothing decays: one decay stands for all.
-        cells = [(arm, "controller") for arm in arms]
-        cells += [(arm, "controller_unknown") for arm in arms if arm[0] == as_it_is[0] or arguments.quick]
+        cells = [(arm, "controller_decaying") for arm in arms]
+        cells += [(arm, "controller") for arm in arms if arm[0] == as_it_is[0] or arguments.quick]
         jobs = [
             (name, arguments.role, arguments.family, arguments.data, method, seed, paths[arm])
             for arm, method in cells
@@ -118,7 +118,7 @@ def main() -> None:
         validation, test = np.log(values + METRIC_OFFSET).mean(0).tolist()
         rows.append(
             {
-                "horizon": "known" if method == "controller" else "unknown",
+                "horizon": "unknown" if method == "controller" else "known",
                 "decay_to": arm[0],
                 "policy_share": arm[1],
                 "validation": validation,

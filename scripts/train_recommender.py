@@ -5,9 +5,9 @@
 
 The columns of a file of yours are user_id, item_id[, timestamp, rating].
 
-Arms: AdamW as PyTorch ships it; the best fixed configuration and schedule known from meta-training; the
-controller. Writes results.json, decisions.jsonl, trajectories.png and an offline W&B run to the output folder. About
-3 minutes on 2 cores.
+Arms: AdamW as PyTorch ships it; the best fixed configuration known from meta-training, its rate held and its weights
+averaged, which is the untrained controller; the controller. Writes results.json, decisions.jsonl, trajectories.png and
+an offline W&B run to the output folder. About 3 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -27,14 +27,13 @@ import torch
 from tqdm.auto import tqdm
 
 import metalearn
+from envs.benchmark.methods import Controllers
 from envs.domains import Domain
 from envs.metrics import mean_interval, popularity_baseline
 from envs.public import BUNDLED, DomainCache, find_source
 from envs.recommenders import RECOMMENDERS
 from envs.recommenders.training import PlainSchedule, TrainingResult, TrainingSettings, train
 from metalearn.audit import draw_trajectories
-from metalearn.controller import CONTROLLED
-from metalearn.controller.actions import schedule_multiplier
 from metalearn.errors import MetalearnError
 from metalearn.torch import MetaScheduler
 from metalearn.tracking import Tracker
@@ -43,7 +42,7 @@ from provenance import provenance
 
 ARMS = {
     "default": "AdamW as PyTorch ships it",
-    "fixed": "best fixed configuration and schedule",
+    "fixed": "best fixed configuration, averaged",
     "controller": "metalearn controller",
 }
 
@@ -53,61 +52,37 @@ def known_family(controller: metalearn.Controller, family: str) -> str | None:
     return family if family in controller.config.families else None
 
 
-def best_fixed_configuration(controller: metalearn.Controller, family: str) -> dict[str, float]:
-    """Returns the best fixed configuration known for a model family and a known horizon: its base."""
-    row = controller.config.family_index(known_family(controller, family))
-    base = controller.checkpoint.base[row, 1].tolist()
-    return {name: controller.config.space[name].decode(unit) for name, unit in zip(CONTROLLED, base, strict=True)}
-
-
 def run_arm(
     arm: str,
     family: str,
     domain: Domain,
     settings: TrainingSettings,
     seed: int,
-    controller: metalearn.Controller,
+    controllers: Controllers,
     output: Path,
 ) -> tuple[TrainingResult, MetaScheduler | None]:
     """Trains one arm with one seed; every arm has the same initial weights and batches."""
-    best = best_fixed_configuration(controller, family)
-    model = RECOMMENDERS[family].for_domain(
-        domain,
-        dim=settings.dim,
-        dropout=best["dropout"] if arm == "fixed" else 0.0,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    scheduler = None
-    if arm == "controller":
+    model = RECOMMENDERS[family].for_domain(domain, dim=settings.dim, generator=torch.Generator().manual_seed(seed))
+    if arm == "default":
+        scheduler = None
+        optimizer = torch.optim.AdamW(model.parameters())
+        steering: Any = PlainSchedule(settings.interval)
+    else:
+        controller = controllers.trained if arm == "controller" else controllers.untrained
         optimizer = torch.optim.AdamW(model.parameter_groups())
-        scheduler = MetaScheduler(
+        steering = scheduler = MetaScheduler(
             optimizer,
             model=model,
             domain=domain.profile,
             family=known_family(controller, family),
             horizon=settings.steps,
+            averaging=True,
             batch_size=settings.batch_size,
             interval=settings.interval,
             controller=controller,
-            decision_log=output / "decisions.jsonl",
-            name=f"controller-{seed}",
+            decision_log=output / "decisions.jsonl" if arm == "controller" else None,
+            name=f"{arm}-{seed}",
         )
-        steering: Any = scheduler
-    elif arm == "fixed":
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=best["learning_rate"],
-            weight_decay=best["weight_decay"],
-            betas=(best["beta1"], 0.999),
-        )
-        decay = torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: float(schedule_multiplier(np.float64(step / settings.steps), np, controller.config.decay_to)),
-        )
-        steering = PlainSchedule(settings.interval, decay)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters())
-        steering = PlainSchedule(settings.interval)
     with tqdm(total=settings.steps, desc=f"{arm:10s} seed {seed}", leave=False, mininterval=0.5) as bar:
         result = train(model, optimizer, steering, domain, settings, seed=seed, on_step=lambda _: bar.update())
     return result, scheduler
@@ -177,7 +152,8 @@ def main() -> None:
     )
     seeds = list(range(1 if arguments.quick else arguments.seeds))
     output = arguments.output or Path("runs") / ("quickstart" if arguments.quickstart else arguments.data.stem)
-    controller = metalearn.load_controller(arguments.controller)
+    controllers = Controllers(arguments.controller)
+    controllers.of("controller")  # a file that cannot be read is named before anything is trained
     output.mkdir(parents=True, exist_ok=True)
     domain = open_domain(arguments, output)
     (output / "decisions.jsonl").unlink(missing_ok=True)
@@ -195,11 +171,11 @@ def main() -> None:
     with Tracker("metalearn-recommender", config=config, directory=output) as tracker:
         for seed in seeds:
             for arm in ARMS:  # arms take turns, so that a noisy machine slows them alike
-                result, scheduler = run_arm(arm, arguments.model, domain, settings, seed, controller, output)
+                result, scheduler = run_arm(arm, arguments.model, domain, settings, seed, controllers, output)
                 results[arm].append(result)
                 for step, value in result.validation:
                     tracker.log({f"{arm}/{seed}/validation_ndcg": value, f"{arm}/{seed}/step": step})
-                if scheduler is not None:
+                if scheduler is not None and arm == "controller":
                     schedulers.append(scheduler)
                     tracker.decisions(scheduler.decisions, prefix=f"controller/{seed}")
         rows = [[arm, run, *r.test.values()] for arm, runs in results.items() for run, r in enumerate(runs)]

@@ -24,20 +24,20 @@ from envs.benchmark.statistics import BEYOND_NOISE, PRECISION, relative_noise, s
 RANDOM_BUDGETS = (1, 4, 16, 64)
 SEARCH_BUDGETS = {"tpe": (16, 64), "pbt": (16,)}
 PORTFOLIO_SIZES = (1, 4, 16)
-FIXED_SCHEDULES = ("best_fixed_schedule", "base", "default")
+FIXED_SCHEDULES = ("best_fixed_schedule", "base", "base_decaying", "default")
 """The strongest of these over a family's tasks is that family's fixed schedule."""
 OWN_BASE = {
     "controller": "base",
-    "controller_unknown": "base_unknown",
-    "controller_half": "base",
-    "controller_double": "base",
+    "controller_decaying": "base_decaying",
+    "controller_half": "base_decaying",
+    "controller_double": "base_decaying",
     "controller_long": "base_long",
 }
 """Each controller, and what its untrained policy runs in the same place."""
 COMPARED = (
     *(name for name in OWN_BASE if name not in ("controller", "controller_long")),
     "base",
-    "base_unknown",
+    "base_decaying",
     "default",
     "best_fixed_configuration",
     "best_fixed_schedule",

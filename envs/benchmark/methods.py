@@ -82,23 +82,24 @@ class Steered:
 
     Args:
       trained: whether by the trained policy, or by the untrained one, which keeps to the base.
-      told: what the controller is told of the horizon, as a share of the true one; None for nothing.
+      decays: whether the rate decays, over a share of the true horizon; None holds it, and averaged weights count,
+        whatever is told of the horizon.
       length: steps, as a multiple of the task's.
     """
 
     trained: bool
-    told: float | None = 1.0
+    decays: float | None = None
     length: int = 1
 
 
 STEERED: Mapping[str, Steered] = {
     "controller": Steered(trained=True),
-    "controller_unknown": Steered(trained=True, told=None),
-    "controller_half": Steered(trained=True, told=0.5),
-    "controller_double": Steered(trained=True, told=2.0),
+    "controller_decaying": Steered(trained=True, decays=1.0),
+    "controller_half": Steered(trained=True, decays=0.5),
+    "controller_double": Steered(trained=True, decays=2.0),
     "controller_long": Steered(trained=True, length=10),
     "base": Steered(trained=False),
-    "base_unknown": Steered(trained=False, told=None),
+    "base_decaying": Steered(trained=False, decays=1.0),
     "base_long": Steered(trained=False, length=10),
 }
 
@@ -179,13 +180,13 @@ def start_run(
     steering: Steering
     if method in STEERED:
         optimizer = torch.optim.AdamW(model.parameter_groups(), fused=True)
-        told, controller = STEERED[method].told, controllers.of(method)
+        decays, controller = STEERED[method].decays, controllers.of(method)
         steering = MetaScheduler(
             optimizer,
             model=model,
             domain=domain.profile,
             family=task.family if task.family in controller.config.families else None,
-            horizon=None if told is None else round(told * task.settings.steps),
+            horizon=None if decays is None else round(decays * task.settings.steps),
             batch_size=task.settings.batch_size,
             interval=task.settings.interval,
             controller=controller,

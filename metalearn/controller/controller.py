@@ -48,6 +48,7 @@ class Controller:
         roles: Sequence[str] = ("embedding",),
         family: str | None = None,
         horizon: int | None = None,
+        decays: bool = True,
         batch_size: int | None = None,
         interval: int | None = None,
         initial: Sequence[dict[str, float]] | None = None,
@@ -64,6 +65,8 @@ class Controller:
           roles: of each parameter group: `embedding`, `dense`, `pretrained`, `adapter` or `head`.
           family: of the model, one of `config.families`; None for any other.
           horizon: optimizer steps of the whole run; None if nobody knows.
+          decays: whether the learning rate decays over the horizon. It need not where averaged weights are evaluated:
+            then the horizon sets the interval and nothing else.
           batch_size: training samples per step; None if nobody knows.
           interval: steps between decisions; by default the horizon over the controller's number of decisions.
           initial: per group, values to start from instead of the controller's own start: for optimizers it was not
@@ -88,6 +91,7 @@ class Controller:
             roles=roles,
             family=family,
             horizon=horizon,
+            decays=decays,
             batch_size=batch_size,
             interval=interval,
             initial=initial,

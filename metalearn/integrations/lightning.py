@@ -34,7 +34,7 @@ class MetaSchedulerCallback(Callback):
 
     From the Trainer it takes the horizon (`estimated_stepping_batches`), the batch size (of the training loader, times
     `accumulate_grad_batches`) and, unless `metric` is given, what a ModelCheckpoint or EarlyStopping monitors. Every
-    validation is reported, inside `averaged_parameters` if the horizon is unknown. Its state is in Lightning's
+    validation is reported, inside `averaged_parameters`, so that `averaging=True` may be passed. Its state is in Lightning's
     checkpoints, as is that of every callback: `Trainer.fit(ckpt_path=...)` goes on with the same decisions. With
     `rollback`, learning-rate schedulers and the GradScaler go back too; Lightning's own step counter does not.
 
@@ -95,7 +95,7 @@ class MetaSchedulerCallback(Callback):
             self._deferred.end_step(source="return it from `training_step`")
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Puts averaged weights in place, if the horizon is unknown."""
+        """Puts averaged weights in place, if there are any."""
         if _validates_training(trainer):
             self._validating.enter_context(self.scheduler.averaged_parameters())
 

@@ -36,6 +36,7 @@ class SchedulerOptions(TypedDict, total=False):
     domain: DomainProfile
     family: str | None
     horizon: int | Literal["auto"] | None
+    averaging: bool | None
     batch_size: int | None
     interval: int | None
     overhead_budget: float | None

@@ -142,10 +142,10 @@ def steer(trainer: Any, train_data: Any, **options: Unpack[SchedulerOptions]) ->
     """
     checked = check_options(options, needs_domain=False)
     _check_trainer(trainer)
-    if checked.get("horizon", "auto") is None:
+    if checked.get("horizon", "auto") is None or checked.get("averaging"):
         raise InvalidArgumentError(
-            "`horizon` must be known: RecBole keeps its best model as it is, not averaged; leave it out, and set "
-            "`epochs` as long as you mean to train"
+            "RecBole keeps its best model as it is, not averaged: `horizon` must be known and `averaging` false; leave "
+            "both out, and set `epochs` as long as you mean to train"
         )
     profile = checked.pop("domain", None) or profile_training_data(train_data)
     controller = checked.pop("controller", None)

@@ -63,3 +63,17 @@ def check_profile(name: str, profile: Any) -> None:
             f"`{name}` must be a DomainProfile, got {type(profile).__name__}; "
             "pass metalearn.profile_domain(interactions)"
         )
+
+
+def check_averaging(averaging: Any, horizon: int | None) -> bool:
+    """Returns whether averaged weights are evaluated; where nobody has said so, only if the horizon is unknown."""
+    if averaging is None:
+        return horizon is None
+    if not isinstance(averaging, bool):
+        raise InvalidArgumentError(f"`averaging` must be True, False or None, got {averaging!r}")
+    if horizon is None and not averaging:
+        raise InvalidArgumentError(
+            "`averaging` must be True where the horizon is unknown: a rate that is held needs averaged weights; pass a "
+            "`horizon` for it to decay over, or evaluate inside `averaged_parameters`"
+        )
+    return averaging

@@ -1,4 +1,4 @@
-"""Averaged weights: what replaces a decaying rate when nobody knows the horizon."""
+"""Averaged weights: what replaces a decaying rate, and does not need to know the horizon."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ class Ranks:
         if of_all and self.sharded and averages:
             raise SessionError(
                 "averaged weights are sharded, so that a state of all ranks would hold the whole model; save the "
-                "state_dict() of each process, or pass a `horizon`"
+                "state_dict() of each process, or leave out `averaging` and pass a `horizon`"
             )
         return {"here": [self.rank, self.size], "measured": self.gather(monitor) if of_all else None}
 

@@ -47,7 +47,7 @@ class Run:
       budget: of the controller's own time.
       monitor: measures an interval.
       usage: measures time and memory.
-      average: of the weights, where the horizon is unknown.
+      average: of the weights, where the loop evaluates that.
       log: of the decisions.
       drift: watches for it, if that is wanted.
       recovery: takes snapshots and goes back to them, if that is wanted.

@@ -21,7 +21,7 @@ from metalearn.safety.constraints import Constraints
 from metalearn.safety.drift import DriftConfig, DriftReport
 from metalearn.safety.guard import GuardConfig
 from metalearn.safety.rollback import Rollback, RollbackConfig
-from metalearn.torch.arguments import check_model, check_optimizer, check_profile
+from metalearn.torch.arguments import check_averaging, check_model, check_optimizer, check_profile
 from metalearn.torch.averaging import WeightAverage
 from metalearn.torch.bindings import Bindings, infer_roles
 from metalearn.torch.budget import Budget
@@ -60,8 +60,10 @@ class MetaScheduler:
       domain: profile of the training interactions, from `metalearn.profile_domain`.
       family: of the model, if the controller was meta-trained on it: one of `load_controller().config.families`. Any
         other model is fine without.
-      horizon: optimizer steps of the whole run. Unknown is fine: then the rate does not decay, and models are to be
-        evaluated and exported inside `averaged_parameters`.
+      horizon: optimizer steps of the whole run; None if nobody knows.
+      averaging: whether models are evaluated and exported inside `averaged_parameters`. The rate is then held, whatever
+        the horizon: that does better than its decay, and no horizon can be wrong. If not, the rate decays over
+        the horizon. By default only where the horizon is unknown.
       batch_size: training samples per step; gives the controller epochs to count in.
       interval: optimizer steps between decisions. By default a twentieth of the horizon, or half an epoch; longer if
         that would exceed the budget, see `overhead_budget`.
@@ -127,6 +129,7 @@ class MetaScheduler:
         domain: DomainProfile,
         family: str | None = None,
         horizon: int | None = None,
+        averaging: bool | None = None,
         batch_size: int | None = None,
         interval: int | None = None,
         overhead_budget: float | None = None,
@@ -153,6 +156,7 @@ class MetaScheduler:
         bound = Bindings(optimizer, model)
         roles = infer_roles(optimizer, model)
         loaded = controller if isinstance(controller, Controller) else load_controller(controller)
+        averaging = check_averaging(averaging, horizon)
         ranks = join(process_group, optimizer, model)
         if ranks is not None:
             alike = {
@@ -160,6 +164,7 @@ class MetaScheduler:
                 "domain": domain.fingerprint,
                 "family": family,
                 "horizon": horizon,
+                "averaging": averaging,
                 "interval": interval,
                 "overhead_budget": overhead_budget,
                 "metric": (metric, mode),
@@ -179,6 +184,7 @@ class MetaScheduler:
             roles=roles,
             family=family,
             horizon=horizon,
+            decays=not averaging,
             batch_size=batch_size,
             interval=interval,
             initial=None if bound.uses_prior else bound.initial(),
@@ -192,6 +198,7 @@ class MetaScheduler:
             "controller_version": version,
             "family": family,
             "horizon": horizon,
+            "averaging": averaging,
             "interval": session.interval,
             "metric": metric,
         }
@@ -201,7 +208,6 @@ class MetaScheduler:
         if ranks is not None:
             ranks.begin(session)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        averages = horizon is None and steering != "shadow"
         self._run = Run(
             optimizer=optimizer,
             model=model,
@@ -213,7 +219,7 @@ class MetaScheduler:
             budget=Budget(overhead_budget, interval=session.interval, horizon=horizon, given=interval is not None),
             monitor=Monitor(optimizer, session.interval, rank=0 if ranks is None else ranks.rank),
             usage=UsageMeter(params[0].device),
-            average=WeightAverage(params) if averages else None,
+            average=WeightAverage(params) if averaging and steering != "shadow" else None,
             log=log,
             drift=None if drift is None else DriftWatch(drift, session, log),
             recovery=rollback and Recovery(rollback, model=model, optimizer=optimizer, tracked=tracked),
@@ -372,7 +378,7 @@ class MetaScheduler:
     def averaged_parameters(self) -> Iterator[None]:
         """Puts averaged weights into the model for the time of the block: evaluate and export inside it.
 
-        With a known horizon the rate decays and the weights themselves are the best: then the block changes nothing.
+        Where the rate decays (see `averaging`) the weights themselves are the best: then the block changes nothing.
         """
         run = self._run
         if run.average is None:

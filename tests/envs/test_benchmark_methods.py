@@ -231,14 +231,14 @@ def test_controllers_are_told_what_the_method_says(
     monkeypatch.setattr(methods, "MetaScheduler", make)
     task = TASK.prolonged(STEERED[method].length)
     start_run(method, {}, task, domain, controllers, seed=0).advance(40)
-    expected = {"unknown": None, "half": 20, "double": 80, "long": 400}.get(method.partition("_")[2], 40)
+    expected = {"decaying": 40, "half": 20, "double": 80}.get(method.partition("_")[2])
     assert told == [expected]
     assert made[0].interval == task.settings.interval
 
 
 @pytest.mark.parametrize("told", [1, 0])
 def test_the_untrained_controller_keeps_to_its_base(told: int, domain: Domain, controllers: Controllers):
-    method = "base" if told else "base_unknown"
+    method = "base_decaying" if told else "base"
     run = start_run(method, {}, TASK, domain, controllers, seed=0)
     run.advance()
     scheduler = run._steering

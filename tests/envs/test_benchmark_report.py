@@ -18,7 +18,7 @@ from envs.benchmark.report import MEASURES, summary, write_report
 from metalearn.trials import Trial, TrialStatus
 from tests.envs.benchmark_trials import FAMILIES, make_store, make_trial
 
-LEVELS = {"controller": 1.0, "base": 0.8, "default": 0.5, "controller_unknown": 0.4}
+LEVELS = {"controller": 1.0, "base": 0.8, "default": 0.5, "controller_decaying": 0.4}
 KEYS = (
     "ratio_to_fixed_schedule",
     "ratio_to_best_of_64",
@@ -113,7 +113,7 @@ def test_intervals_hold_their_values_and_all_keys_are_there(full: dict) -> None:
             if estimate["value"] is not None:
                 assert estimate["low"] <= estimate["value"] + 1e-9
                 assert estimate["value"] <= estimate["high"] + 1e-9
-    assert set(full["variants"]) == {"unknown", "half", "double", "long"}
+    assert set(full["variants"]) == {"decaying", "half", "double", "long"}
     assert full["overall"]["ratio_to_fixed_schedule"]["tasks"] == 10
 
 
@@ -126,9 +126,9 @@ def test_tasks_are_resampled_within_their_family() -> None:
 
 
 def test_variants_are_judged_on_their_own(full: dict) -> None:
-    unknown = full["variants"]["unknown"]
-    assert unknown["share_lost"]["value"] == 1.0
-    assert unknown["iqm_normalised"]["value"] < 0.0
+    decaying = full["variants"]["decaying"]
+    assert decaying["share_lost"]["value"] == 1.0
+    assert decaying["iqm_normalised"]["value"] < 0.0
     assert full["variants"]["half"]["share_lost"]["reason"] == "nothing is recorded for it"
 
 

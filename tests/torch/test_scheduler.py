@@ -17,7 +17,6 @@ from metalearn import Controller
 from metalearn.audit import read_decisions
 from metalearn.errors import CheckpointError, InvalidArgumentError, SessionError
 from metalearn.torch import MetaScheduler
-from metalearn.torch.averaging import AVERAGE_EVERY
 from metalearn.torch.scheduler import MAX_IDLE_CALLS
 from tests.torch.runs import BATCH_SIZE, Run, start
 
@@ -392,35 +391,6 @@ def test_controllers_load_from_paths(domain: Domain, controller: Controller, con
     assert all(others == decisions[0] for others in decisions)
     with pytest.raises(CheckpointError, match="cannot read checkpoint"):
         start(domain, controller=controller_path.with_name("none.safetensors"))
-
-
-def test_averaged_parameters_are_those_of_an_unknown_horizon(domain: Domain, controller: Controller):
-    run = start(domain, controller=controller)
-    scheduler, weight = run.scheduler, run.model.user.weight
-    assert scheduler is not None
-    run.advance(2 * AVERAGE_EVERY + 3)
-    before = weight.detach().clone()
-    with scheduler.averaged_parameters():
-        assert not torch.equal(weight, before)
-    assert torch.equal(weight, before)
-    assert scheduler.multiplier(10**6) == 1.0
-
-    snapshots = []
-    again = start(domain, controller=controller)
-    for _ in range(2):
-        again.advance(AVERAGE_EVERY)
-        snapshots.append(again.model.user.weight.detach().clone())
-    with scheduler.averaged_parameters():  # 9/9 of the first, then 9/10 of the second
-        torch.testing.assert_close(weight.detach(), 0.1 * snapshots[0] + 0.9 * snapshots[1])
-
-
-def test_averaged_parameters_change_nothing_with_a_known_horizon(domain: Domain, controller: Controller):
-    run = start(domain, controller=controller, horizon=120)
-    assert run.scheduler is not None
-    run.advance(2 * AVERAGE_EVERY)
-    before = run.model.user.weight.detach().clone()
-    with run.scheduler.averaged_parameters():
-        assert torch.equal(run.model.user.weight, before)
 
 
 STEERED = """
