@@ -154,7 +154,7 @@ def save_into(path: Path, bases: Mapping[str, Mapping[str, dict[str, float]]]) -
 def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--search", type=Path, required=True, help="state folder of a meta-training run")
+    parser.add_argument("--search", type=Path, help="state folder of a meta-training run")
     parser.add_argument("--also", type=Path, help="an output of this script, whose configurations are candidates too")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of domains; those of role validation are taken"
@@ -177,13 +177,15 @@ def main() -> None:
     seeds, count, models = arguments.seeds, arguments.candidates, arguments.models
     if arguments.quick:
         seeds, count, models, domains = 1, 2, models[:1], domains[:1]
+    if arguments.search is None and arguments.also is None:
+        raise InvalidArgumentError("there are no candidates; pass `--search`, `--also` or both")
     if arguments.into is not None:  # said before the runs, not after them
         from metalearn.meta_training.release import check_at_rest
 
         check_at_rest(load_checkpoint(arguments.into), models)
     rows, bases = [], {}
     for family in models:
-        candidates = find_candidates(arguments.search, family, count, arguments.seed)
+        candidates = find_candidates(arguments.search, family, count, arguments.seed) if arguments.search else []
         candidates += read_candidates(arguments.also, family)
         found = compare(family, candidates, domains, seeds, arguments.data, arguments.workers)
         for row in found:

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-import metalearn
 from envs.benchmark.methods import Controllers
 from envs.domains import Domain
 from envs.metrics import mean_interval, popularity_baseline
@@ -45,11 +44,6 @@ ARMS = {
     "fixed": "best fixed configuration, averaged",
     "controller": "metalearn controller",
 }
-
-
-def known_family(controller: metalearn.Controller, family: str) -> str | None:
-    """Returns the family if the controller was meta-trained on it, None for any other."""
-    return family if family in controller.config.families else None
 
 
 def run_arm(
@@ -74,7 +68,7 @@ def run_arm(
             optimizer,
             model=model,
             domain=domain.profile,
-            family=known_family(controller, family),
+            family=controller.config.known_family(family),
             horizon=settings.steps,
             averaging=True,
             batch_size=settings.batch_size,

@@ -185,7 +185,7 @@ def start_run(
             optimizer,
             model=model,
             domain=domain.profile,
-            family=task.family if task.family in controller.config.families else None,
+            family=controller.config.known_family(task.family),
             horizon=None if decays is None else round(decays * task.settings.steps),
             batch_size=task.settings.batch_size,
             interval=task.settings.interval,

@@ -329,7 +329,7 @@ def _scheduler(
         optimizer,
         model=model,
         domain=profile or cell.domain.profile,
-        family=cell.family if cell.family in controller.config.families else None,
+        family=controller.config.known_family(cell.family),
         horizon=cell.horizon,
         batch_size=cell.budget.batch_size,
         interval=cell.budget.interval,

@@ -13,9 +13,6 @@ import numpy as np
 
 from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, ControllerConfig
 
-BASE_SCHEDULES = ("cosine", "averaged_constant")
-"""With a known horizon the rate decays by a cosine; with an unknown one it holds, and iterates are averaged."""
-
 PAST_HORIZON = 0.1
 """Share of the start's rate that a run holds at least when it goes on past its horizon: somebody had told it too short
 a one."""

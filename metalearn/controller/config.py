@@ -97,6 +97,14 @@ class ControllerConfig:
         """The controlled hyperparameters, group-scoped ones first."""
         return _CONTROLLED_SPACE
 
+    def known_family(self, family: str | None) -> str | None:
+        """Returns a family if there is a base for it, None for any other.
+
+        >>> ControllerConfig(families=("two_tower",)).known_family("lambda_rank") is None
+        True
+        """
+        return family if family in self.families else None
+
     def family_index(self, family: str | None) -> int:
         """Returns a family's row in the base and in the family embedding; 0 is for whatever is in none of them.
 

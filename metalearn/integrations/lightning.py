@@ -34,9 +34,10 @@ class MetaSchedulerCallback(Callback):
 
     From the Trainer it takes the horizon (`estimated_stepping_batches`), the batch size (of the training loader, times
     `accumulate_grad_batches`) and, unless `metric` is given, what a ModelCheckpoint or EarlyStopping monitors. Every
-    validation is reported, inside `averaged_parameters`, so that `averaging=True` may be passed. Its state is in Lightning's
-    checkpoints, as is that of every callback: `Trainer.fit(ckpt_path=...)` goes on with the same decisions. With
-    `rollback`, learning-rate schedulers and the GradScaler go back too; Lightning's own step counter does not.
+    validation is reported, inside `averaged_parameters`: pass `averaging=True` if you export what is evaluated. Its
+    state is in Lightning's checkpoints, as is that of every callback: `Trainer.fit(ckpt_path=...)` goes on with the
+    same decisions. With `rollback`, learning-rate schedulers and the GradScaler go back too; Lightning's own step
+    counter does not.
 
     Several processes train by DDP (`Trainer(strategy="ddp", devices=...)`): rank 0 decides for all, from what all have
     measured, and of a metric that processes have their own values of (`sync_dist=False`) the mean counts.

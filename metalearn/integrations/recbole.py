@@ -24,7 +24,7 @@ import torch
 
 from metalearn.controller.controller import Controller, load_controller
 from metalearn.errors import InvalidArgumentError
-from metalearn.integrations.options import Found, SchedulerOptions, check_options, complete_options
+from metalearn.integrations.options import Found, SchedulerOptions, check_options, complete_options, refuse_averaging
 from metalearn.interactions import Interactions
 from metalearn.profiles import DomainProfile, profile_domain
 from metalearn.torch import MetaScheduler
@@ -138,20 +138,15 @@ def steer(trainer: Any, train_data: Any, **options: Unpack[SchedulerOptions]) ->
 
     Raises:
       InvalidArgumentError: this is no Trainer with one optimizer and one process, it is steered already, the horizon
-        is given as unknown, or an option is wrong.
+        is given as unknown, averages are asked for, or an option is wrong.
     """
     checked = check_options(options, needs_domain=False)
     _check_trainer(trainer)
-    if checked.get("horizon", "auto") is None or checked.get("averaging"):
-        raise InvalidArgumentError(
-            "RecBole keeps its best model as it is, not averaged: `horizon` must be known and `averaging` false; leave "
-            "both out, and set `epochs` as long as you mean to train"
-        )
+    refuse_averaging(checked, "RecBole", "epochs")
     profile = checked.pop("domain", None) or profile_training_data(train_data)
     controller = checked.pop("controller", None)
     loaded = controller if isinstance(controller, Controller) else load_controller(controller)
-    known = FAMILIES.get(trainer.config["model"])
-    checked.setdefault("family", known if known in loaded.config.families else None)
+    checked.setdefault("family", loaded.config.known_family(FAMILIES.get(trainer.config["model"])))
     found = Found(
         steps=trainer.epochs * len(train_data),
         batch_size=max(1, round(profile.num_interactions / len(train_data))),

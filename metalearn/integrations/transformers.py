@@ -26,7 +26,7 @@ except ImportError as missing:
 
 from metalearn.errors import InvalidArgumentError
 from metalearn.integrations.deferred import DeferredScheduler
-from metalearn.integrations.options import Found, SchedulerOptions
+from metalearn.integrations.options import Found, SchedulerOptions, refuse_averaging
 from metalearn.torch import MetaScheduler
 
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
@@ -53,12 +53,13 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
       **options: keyword arguments of MetaScheduler, see `SchedulerOptions`; `domain` is needed.
 
     Raises:
-      InvalidArgumentError: an option is unknown or wrong; later, when training starts: several processes in another way
-        than DDP, several devices in one, `restore_callback_states_from_checkpoint`, an optimizer that already has a
-        MetaScheduler.
+      InvalidArgumentError: an option is unknown or wrong, or needs averaged weights, which the Trainer does not
+        evaluate; later, when training starts: several processes in another way than DDP, several devices in one,
+        `restore_callback_states_from_checkpoint`, an optimizer that already has a MetaScheduler.
     """
 
     def __init__(self, **options: Unpack[SchedulerOptions]) -> None:
+        refuse_averaging(options, "Transformers' Trainer", "max_steps")
         self._deferred = DeferredScheduler(options)
         self._forward_hook: Any = None
         self._recorded = False

@@ -19,11 +19,12 @@ parameter group) and dropout. Written by `scripts/meta_train.py`; everything bel
 - {episodes} episodes of {num_decisions} decisions; preset `{preset}`, seed {seed}, commit {commit}.
 
 ## Base
-The rate decays by a cosine to {decayed:.0%} (known horizon), or is held, with averaged iterates (unknown horizon). An
-untrained or out-of-range controller is exactly this: the configuration that did best, without a controller, on the
-largest meta-training tasks of the family; `other` is for models of any other family, and did best over all of them.
+Where a loop evaluates averaged weights, the rate is held; where it evaluates the weights as they are, the rate decays
+over the horizon, by a cosine to {decayed:.0%}. An untrained or out-of-range controller is exactly this: the
+configuration that did best, without a controller, on the largest meta-training tasks of the family; `other` is for
+models of any other family, and did best over all of them.
 {at_rest}{tempered}
-| family | horizon | {names} |
+| family | rate | {names} |
 |---|---|{rules}|
 {base}
 
@@ -59,10 +60,10 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
     steps = [bound for bounds in training["steps_range"] for bound in bounds]
     rows = []
     for row, family in enumerate(("other", *config.families)):
-        for told, horizon in ((1, "known"), (0, "unknown")):
-            units = zip(CONTROLLED, checkpoint.base[row, told].tolist(), strict=True)
+        for decays, rate in ((0, "held"), (1, "decays")):
+            units = zip(CONTROLLED, checkpoint.base[row, decays].tolist(), strict=True)
             cells = [f"{config.space[name].decode(unit):.4g}" for name, unit in units]
-            rows.append("| " + " | ".join((family, horizon, *cells)) + " |")
+            rows.append("| " + " | ".join((family, rate, *cells)) + " |")
     calibration = provenance["outcome"]["calibration"]
     at_rest = f"""
 The policy is at rest for {", ".join(config.at_rest)}: for those of them that it was trained on (above) it did worse

@@ -264,7 +264,7 @@ def test_wrong_uses_are_told(job: Job):
     parts = prepared(job)
     with pytest.raises(InvalidArgumentError, match="`trainer` must be a RecBole Trainer, got int"):
         steer(3, parts.train)
-    with pytest.raises(InvalidArgumentError, match="keeps its best model as it is"):
+    with pytest.raises(InvalidArgumentError, match="RecBole evaluates and keeps weights as they are"):
         steer(parts.trainer, parts.train, horizon=None)
     parts.config["single_spec"] = False
     with pytest.raises(InvalidArgumentError, match="run with nproc=1"):

@@ -139,6 +139,12 @@ def test_a_decaying_schedule_is_warned_of(job: Job):
         trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
+@pytest.mark.parametrize("options", [{"horizon": None}, {"averaging": True}])
+def test_averages_that_nobody_would_evaluate_are_refused(options: dict[str, Any], job: Job):
+    with pytest.raises(InvalidArgumentError, match="Trainer evaluates and keeps weights as they are"):
+        MetaSchedulerCallback(**{**job.scheduler_options, **options})
+
+
 def test_callbacks_made_anew_are_refused(job: Job):
     watched, callback = Watched(job), MetaSchedulerCallback(**job.scheduler_options)
     trainer = trainer_for(job, watched, callback, restore_callback_states_from_checkpoint=True)

@@ -274,8 +274,8 @@ def test_the_model_card_shows_the_base_of_every_family(
     write_model_card(checkpoint, tmp_path / "README.md")
     card = (tmp_path / "README.md").read_text().splitlines()
     for family, bases in zip(("other", *config.families), BASES, strict=True):
-        for horizon, base in zip(("unknown", "known"), bases, strict=True):
-            assert f"| {family} | {horizon} | " + " | ".join(f"{value:.4g}" for value in base) + " |" in card
+        for rate, base in zip(("held", "decays"), bases, strict=True):
+            assert f"| {family} | {rate} | " + " | ".join(f"{value:.4g}" for value in base) + " |" in card
     assert any("two_tower 128 x 96 (d 4, batch 32)" in line for line in card)
 
 
