@@ -144,72 +144,89 @@ def _replay(
     return log_prob, value, start_log_prob, proposal.gate * jnp.tanh(proposal.modifier)
 
 
+def _replay_all(config: ControllerConfig, params: PolicyParams, prior: Prior, episodes: Episode) -> Any:
+    """Recomputes every episode of a batch; see `_replay`."""
+    return jax.vmap(lambda episode: _replay(config, params, prior, episode))(episodes)
+
+
+def _centred(x: Any) -> Any:
+    """Takes the mean over its group, episodes of one task from one initialisation, from each episode's value."""
+    groups = x.reshape(-1, CHUNK, *x.shape[1:])
+    return (groups - groups.mean(1, keepdims=True)).reshape(x.shape)
+
+
+def _advantages(reward: Any, value: Any, gae: float) -> Any:
+    """Returns undiscounted generalised advantages [E, D], of rewards and values of the same shape."""
+    next_value = jnp.concatenate([value[:, 1:], jnp.zeros_like(value[:, :1])], axis=1)
+    delta = reward + next_value - value
+
+    def backward(carry, column):
+        carry = column + gae * carry
+        return carry, carry
+
+    _, advantage = jax.lax.scan(backward, jnp.zeros(delta.shape[0]), delta.T, reverse=True)
+    return advantage.T
+
+
+def _targets(
+    config: ControllerConfig, settings: PPOConfig, params: PolicyParams, prior: Prior, episodes: Episode
+) -> Targets:
+    """Returns what the updates of one batch aim at: advantages centred within groups, of unit variance over all."""
+    log_prob, value, start_log_prob, _ = _replay_all(config, params, prior, episodes)
+    advantage = _advantages(episodes.reward[:, 1:], value, settings.gae)
+    in_run, total = _centred(advantage), _centred(episodes.reward.sum(1))
+    return Targets(
+        log_prob, start_log_prob, in_run / (in_run.std() + 1e-8), total / (total.std() + 1e-8), advantage + value
+    )
+
+
+def _surrogate(new: Any, old: Any, advantage: Any, clip: float) -> Any:
+    """Returns the clipped surrogate loss of log-probabilities."""
+    ratio = jnp.exp(jnp.clip(new - old, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage).mean()
+
+
+def _loss(
+    params: PolicyParams,
+    config: ControllerConfig,
+    settings: PPOConfig,
+    prior: Prior,
+    episodes: Episode,
+    target: Targets,
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the loss of policy, start, critic, transfer and entropy together, and its parts by name."""
+    log_prob, value, start_log_prob, shift = _replay_all(config, params, prior, episodes)
+    policy = _surrogate(log_prob, target.log_prob, target.advantage, settings.clip)
+    start = _surrogate(start_log_prob, target.start_log_prob, target.start_advantage, settings.clip)
+    critic = optax.huber_loss(value, target.value).mean()
+    penalty = settings.transfer_penalty * (shift**2).sum(-1).mean()
+    entropy = settings.entropy * (params.log_std.sum() + params.start_log_std.sum())
+    metrics = {
+        "policy_loss": policy,
+        "start_loss": start,
+        "critic_loss": critic,
+        "kl": (target.log_prob - log_prob).mean(),
+        "shift": jnp.abs(shift).mean(),
+    }
+    return policy + settings.start_weight * start + critic + penalty - entropy, metrics
+
+
 @cache
 def make_update(config: ControllerConfig, settings: PPOConfig) -> Any:
     """Compiles `update(params, optimizer_state, prior, episodes, key) -> (params, optimizer_state, metrics)`."""
-    transform = optimizer(settings)
-
-    def replay(params, prior, episodes):
-        return jax.vmap(lambda episode: _replay(config, params, prior, episode))(episodes)
-
-    def targets(params, prior, episodes) -> Targets:
-        log_prob, value, start_log_prob, _ = replay(params, prior, episodes)
-        reward = episodes.reward[:, 1:]
-        next_value = jnp.concatenate([value[:, 1:], jnp.zeros_like(value[:, :1])], axis=1)
-        delta = reward + next_value - value
-
-        def backward(carry, column):
-            carry = column + settings.gae * carry
-            return carry, carry
-
-        _, advantage = jax.lax.scan(backward, jnp.zeros(delta.shape[0]), delta.T, reverse=True)
-        advantage = advantage.T
-        total = episodes.reward.sum(1)
-
-        def centred(x):
-            groups = x.reshape(-1, CHUNK, *x.shape[1:])
-            return (groups - groups.mean(1, keepdims=True)).reshape(x.shape)
-
-        centred_advantage, centred_total = centred(advantage), centred(total)
-        return Targets(
-            log_prob,
-            start_log_prob,
-            centred_advantage / (centred_advantage.std() + 1e-8),
-            centred_total / (centred_total.std() + 1e-8),
-            advantage + value,
-        )
-
-    def surrogate(new, old, advantage):
-        ratio = jnp.exp(jnp.clip(new - old, -MAX_LOG_RATIO, MAX_LOG_RATIO))
-        return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - settings.clip, 1 + settings.clip) * advantage).mean()
-
-    def loss_fn(params, prior, episodes, target: Targets):
-        log_prob, value, start_log_prob, shift = replay(params, prior, episodes)
-        policy = surrogate(log_prob, target.log_prob, target.advantage)
-        start = surrogate(start_log_prob, target.start_log_prob, target.start_advantage)
-        critic = optax.huber_loss(value, target.value).mean()
-        penalty = settings.transfer_penalty * (shift**2).sum(-1).mean()
-        entropy = settings.entropy * (params.log_std.sum() + params.start_log_std.sum())
-        metrics = {
-            "policy_loss": policy,
-            "start_loss": start,
-            "critic_loss": critic,
-            "kl": (target.log_prob - log_prob).mean(),
-            "shift": jnp.abs(shift).mean(),
-        }
-        return policy + settings.start_weight * start + critic + penalty - entropy, metrics
+    transform, minibatches = optimizer(settings), settings.num_minibatches
+    differentiate = jax.value_and_grad(_loss, has_aux=True)
 
     @jax.jit
     def update(params, state, prior, episodes, key):
-        target = targets(params, prior, episodes)
+        target = _targets(config, settings, params, prior, episodes)
         num_groups = episodes.reward.shape[0] // CHUNK
 
         def step(carry, rows):
+            """Takes one step of Adam on some episodes, whole groups of them."""
             params, state = carry
-            part = jax.tree.map(lambda leaf: leaf[rows], episodes)
-            (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, prior, part, jax.tree.map(lambda leaf: leaf[rows], target)
-            )
+            part, aim = (jax.tree.map(lambda leaf: leaf[rows], whole) for whole in (episodes, target))
+            (_, metrics), gradient = differentiate(params, config, settings, prior, part, aim)
             if settings.start_weight == 0.0:
                 gradient = gradient._replace(network=_without_start(gradient.network))
             updates, state = transform.update(gradient, state, params)
@@ -220,10 +237,11 @@ def make_update(config: ControllerConfig, settings: PPOConfig) -> Any:
             return (params, state), metrics
 
         def epoch(carry, key):
+            """Passes over all groups once, in random order."""
             order = jax.random.permutation(key, num_groups)
-            size = num_groups // settings.num_minibatches
-            groups = order[: size * settings.num_minibatches].reshape(settings.num_minibatches, size)
-            rows = (groups[:, :, None] * CHUNK + jnp.arange(CHUNK)).reshape(settings.num_minibatches, size * CHUNK)
+            size = num_groups // minibatches
+            groups = order[: size * minibatches].reshape(minibatches, size)
+            rows = (groups[:, :, None] * CHUNK + jnp.arange(CHUNK)).reshape(minibatches, size * CHUNK)
             return jax.lax.scan(step, carry, rows)
 
         (params, state), metrics = jax.lax.scan(epoch, (params, state), jax.random.split(key, settings.num_epochs))
