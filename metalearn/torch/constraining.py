@@ -8,6 +8,7 @@ from typing import Any
 
 from metalearn.errors import InvalidArgumentError
 from metalearn.safety.constraints import (
+    STEP,
     Breach,
     Constraints,
     Relief,
@@ -72,6 +73,20 @@ class Constraining:
             return
         told = f"a batch size of {wanted} lies outside [{known.low:g}, {known.high:g}]"
         self.relief = Relief(None, True, (*(breach.sentence for breach in self._found), told))
+
+    def ran_out_of_memory(self) -> None:
+        """Takes note that a step did: no batch as large as the one in force is tried again."""
+        if self._batch_size is not None:
+            smaller = max(int(self._batch_size.read()) // STEP, 1)
+            self._state = self._state._replace(ceiling=min(smaller, self._state.ceiling or smaller), tried=None)
+
+    @property
+    def too_large(self) -> int | None:
+        """Size to be set in place of one that is too large, as a snapshot may hold it; None leaves it."""
+        handle, most = self._batch_size, self._state.ceiling
+        if handle is None or most is None or not self._constraints.any or most < handle.hyperparameter.low:
+            return None
+        return most if handle.read() > most else None
 
     @property
     def unkept(self) -> tuple[str, ...]:

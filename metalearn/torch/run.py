@@ -286,6 +286,13 @@ class Run:
         recovery.start_interval()
         self.usage.start_interval()
 
+    def survive_out_of_memory(self, reason: str) -> None:
+        """Goes back from a step that ran out of memory, and with constraints never to as large a batch."""
+        self.constraining.ran_out_of_memory()
+        self.roll_back(reason)
+        if (size := self.constraining.too_large) is not None and self.session.mode == "control":
+            self.apply_change(self.overrides.impose({"batch_size": size}), author="constraint", reason=reason)
+
     def _before_steps(self) -> list[float]:
         """Returns the schedule's factors from the coming step up to the next one that is to be probed."""
         self._call_order.first_step()

@@ -89,7 +89,7 @@ class MetaScheduler:
       guard: tightens what the controller may do.
       constraints: on throughput and memory. While one is violated, or nearly, what would worsen it is held; with the
         batch size among `bindings`, and in mode `control`, that is halved if memory is exceeded, and doubled if it is
-        too slow, as long as that helps. Where nothing is left to be done the decision says so, and the run goes back
+        too slow, as long as that helps; one that ran out of memory is not tried again. Where nothing is left to be done the decision says so, and the run goes back
         to its last good snapshot if it has one. These decisions depend on the machine: a resumed run may take others.
       process_group: of the processes that train the model together, by DDP or FSDP2. None: all of torch.distributed,
         if it has been initialised. Each makes its MetaScheduler with the same arguments, `batch_size` being its own
@@ -421,7 +421,7 @@ class MetaScheduler:
             with run.ranks.no_survivor():
                 yield
             return
-        with out_of_memory(self.optimizer, can_roll_back=run.can_roll_back, roll_back=run.roll_back):
+        with out_of_memory(self.optimizer, can_roll_back=run.can_roll_back, roll_back=run.survive_out_of_memory):
             yield
 
     def switch(self, steering: Mode, *, advisor: Advisor | None = None) -> Decision:

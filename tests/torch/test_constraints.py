@@ -14,7 +14,8 @@ import torch
 from envs.domains import Domain
 from metalearn import Controller
 from metalearn.errors import InvalidArgumentError
-from metalearn.torch import BatchSize, Constraints, ResizableBatchSampler
+from metalearn.torch import BatchSize, Constraints, ResizableBatchSampler, RollbackConfig
+from metalearn.torch.recovery import Recovery
 from metalearn.torch.usage import UsageMeter
 from tests.torch.runs import BATCH_SIZE, Run, start
 
@@ -36,6 +37,10 @@ def sampler(monkeypatch: pytest.MonkeyPatch) -> ResizableBatchSampler:
         end_interval(self)
         self.seconds = 1.0
 
+    def a_second_too(self: Recovery) -> None:
+        self._seconds = 1.0
+
+    monkeypatch.setattr(Recovery, "end_interval", a_second_too)
     monkeypatch.setattr(UsageMeter, "memory_bytes", lambda self: 1000.0 * made.batch_size)
     monkeypatch.setattr(UsageMeter, "end_interval", a_second)
     return made
@@ -84,6 +89,26 @@ def test_the_batch_grows_until_it_is_fast_enough(
     assert sampler.batch_size == 64
     assert run.scheduler is not None
     assert "192 samples per second are fewer than the 300 required" in run.scheduler.decisions[1].reasons[0]
+
+
+def test_a_batch_that_ran_out_of_memory_is_not_tried_again(
+    domain: Domain, controller: Controller, sampler: ResizableBatchSampler
+):
+    limits, rollback = Constraints(min_samples_per_second=10_000), RollbackConfig(every=1, max_rollbacks=1)
+    run = started(domain, controller, sampler, constraints=limits, rollback=rollback, tracked=[sampler])
+    scheduler = run.scheduler
+    assert scheduler is not None
+    ran_out = 0
+    for _ in range(5 * INTERVAL):
+        with scheduler.survive_out_of_memory():
+            if sampler.batch_size > 64:
+                ran_out += 1
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            run.step()
+        if not scheduler.rolled_back:
+            run.report()
+    assert ran_out == 1 and sampler.batch_size == 64
+    assert "above 64 it takes too much" in scheduler.decision.reasons[0]
 
 
 @pytest.mark.parametrize("steering", ["shadow", "frozen"])
