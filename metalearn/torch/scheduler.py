@@ -89,8 +89,9 @@ class MetaScheduler:
       guard: tightens what the controller may do.
       constraints: on throughput and memory. While one is violated, or nearly, what would worsen it is held; with the
         batch size among `bindings`, and in mode `control`, that is halved if memory is exceeded, and doubled if it is
-        too slow, as long as that helps; one that ran out of memory is not tried again. Where nothing is left to be done the decision says so, and the run goes back
-        to its last good snapshot if it has one. These decisions depend on the machine: a resumed run may take others.
+        too slow, as long as that helps; one that ran out of memory is not tried again. Where nothing is left to be done
+        the decision says so, and the run goes back to its last good snapshot if it has one. These decisions depend on
+        the machine: a resumed run may take others.
       process_group: of the processes that train the model together, by DDP or FSDP2. None: all of torch.distributed,
         if it has been initialised. Each makes its MetaScheduler with the same arguments, `batch_size` being its own
         share, and calls all methods alike; `report` as it says there. Decided and logged is in the first process.
