@@ -98,11 +98,7 @@ class ControllerConfig:
         return _CONTROLLED_SPACE
 
     def known_family(self, family: str | None) -> str | None:
-        """Returns a family if there is a base for it, None for any other.
-
-        >>> ControllerConfig(families=("two_tower",)).known_family("lambda_rank") is None
-        True
-        """
+        """Returns a family if there is a base for it, None for any other."""
         return family if family in self.families else None
 
     def family_index(self, family: str | None) -> int:
