@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +158,7 @@ class MetaScheduler:
         bound = Bindings(optimizer, model)
         roles = infer_roles(optimizer, model)
         loaded = controller if isinstance(controller, Controller) else load_controller(controller)
+        expects_average = averaging is True
         averaging = check_averaging(averaging, horizon)
         ranks = join(process_group, optimizer, model)
         if ranks is not None:
@@ -226,6 +228,10 @@ class MetaScheduler:
             recovery=rollback and Recovery(rollback, model=model, optimizer=optimizer, tracked=tracked),
         )
         self._in_average = False
+        self._expects_average = expects_average
+        """whether the loop has said that it evaluates averages, and has not been seen to do otherwise"""
+        self._saw_average = False
+        """whether they were in the model since the last report, or are"""
         self._run.begin()
 
     @property
@@ -346,6 +352,7 @@ class MetaScheduler:
         run = self._run
         if metrics is not None or run.ranks is None:
             run.validation = self._metric.read(metrics)  # type: ignore[arg-type]
+            self._warn_of_raw_weights()
         run.rolled_back, run.reported = False, run.should_validate
         if run.should_validate and not self._in_average:
             run.decide(reports=True)
@@ -388,7 +395,7 @@ class MetaScheduler:
         reshard(run.model)
         try:
             with run.average.swapped():
-                self._in_average = True
+                self._in_average = self._saw_average = True
                 yield
         finally:
             self._in_average = False
@@ -396,6 +403,19 @@ class MetaScheduler:
         waits = run.reported if run.ranks is not None else not math.isnan(run.validation)
         if run.should_validate and waits:
             self.report(self._metric.told(run.validation))
+
+    def _warn_of_raw_weights(self) -> None:
+        """Warns once if a metric is reported and averaged weights, though promised, were not there to be evaluated."""
+        if self._expects_average and not self._saw_average and self._run.average is not None:
+            self._expects_average = False
+            warnings.warn(
+                "`averaging` is True, and a metric was reported of the weights as they are: the rate is held, so that "
+                "they are worse than their average; evaluate and export inside `averaged_parameters`, or leave "
+                "`averaging` out",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._saw_average = self._in_average
 
     @contextmanager
     def survive_out_of_memory(self) -> Iterator[None]:

@@ -143,6 +143,19 @@ def test_a_loop_that_averages_is_resumed_to_the_bit(domain: Domain, controller: 
         assert torch.equal(second.model.user.weight, again.model.user.weight)
 
 
+def test_a_loop_that_promises_averages_and_evaluates_the_weights_is_warned_once(domain: Domain, controller: Controller):
+    run = start(domain, controller=controller, horizon=120, averaging=True, interval=6)
+    assert run.scheduler is not None
+    run.advance(12)  # as promised
+    for _ in range(6):
+        run.step()
+    with pytest.warns(RuntimeWarning, match="evaluate and export inside `averaged_parameters`"):
+        run.scheduler.report(0.1)
+    for _ in range(6):
+        run.step()
+    run.scheduler.report(0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
