@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import distributed, multiprocessing
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=30)
+"""Of a collective: one that waits for a rank that has failed may notice only by this."""
+PATIENCE = 5
+"""Of those, until a rank is said to hang."""
 
 
 class RankError(Exception):
@@ -69,7 +72,7 @@ class Crew:
             raise
 
     def _result(self, rank: int) -> Any:
-        if not self._pipes[rank].poll(2 * TIMEOUT.total_seconds()):
+        if not self._pipes[rank].poll(PATIENCE * TIMEOUT.total_seconds()):
             raise ChildProcessError(f"rank {rank} hangs")
         try:
             return pickle.loads(self._pipes[rank].recv_bytes())
