@@ -125,6 +125,7 @@ def _replay(
     split = len(GROUP_CONTROLLED)
 
     def one(hidden, inputs):
+        """Recomputes one decision."""
         group, run, group_action, run_action = inputs
         observation = observe(
             SignalFeatures(group, run), episode.descriptors, episode.family, prior, episode.role, episode.group_mask
@@ -219,6 +220,7 @@ def make_update(config: ControllerConfig, settings: PPOConfig) -> Any:
 
     @jax.jit
     def update(params, state, prior, episodes, key):
+        """Passes over one batch of episodes, towards targets of the policy that gathered them."""
         target = _targets(config, settings, params, prior, episodes)
         num_groups = episodes.reward.shape[0] // CHUNK
 

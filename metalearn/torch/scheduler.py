@@ -63,8 +63,8 @@ class MetaScheduler:
         other model is fine without.
       horizon: optimizer steps of the whole run; None if nobody knows.
       averaging: whether models are evaluated and exported inside `averaged_parameters`. The rate is then held, whatever
-        the horizon: that does better than its decay, and no horizon can be wrong. If not, the rate decays over
-        the horizon. By default only where the horizon is unknown.
+        the horizon: over domains that does better than its decay (docs/evidence.md), and no horizon can be wrong. If
+        not, the rate decays over the horizon. By default only where the horizon is unknown.
       batch_size: training samples per step; gives the controller epochs to count in.
       interval: optimizer steps between decisions. By default a twentieth of the horizon, or half an epoch; longer if
         that would exceed the budget, see `overhead_budget`.
