@@ -13,24 +13,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
-import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, here and in the workers: a process has one thread
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import polars
-import torch
 from tqdm.auto import tqdm
 
 from envs.benchmark.methods import Controllers
@@ -42,6 +37,7 @@ from envs.recommenders import RECOMMENDERS
 from envs.simulated import SimulatedPrior, simulate
 from metalearn.errors import MetalearnError
 from provenance import provenance
+from workers import make_pool
 
 CACHE = Path("runs/benchmark/domains")
 """Where prepared domains are kept."""
@@ -56,18 +52,8 @@ class Worker:
 
     @classmethod
     def start(cls, sources: dict[str, PublicSource], checkpoint: Path | None, store: Path, cache: Path) -> None:
-        """Prepares the process; it ends when its parent does."""
-        torch.set_num_threads(1)
-        logging.getLogger("envs.public").setLevel(logging.ERROR)
+        """Prepares the process."""
         cls.domains, cls.controllers, cls.store = Domains(sources, cache), Controllers(checkpoint), TrialStore(store)
-        threading.Thread(target=cls._follow_parent, daemon=True).start()
-
-    @staticmethod
-    def _follow_parent() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
 
     @classmethod
     def run(cls, unit: Unit) -> None:
@@ -78,9 +64,8 @@ class Worker:
 def run_units(units: Sequence[Unit], workers: int, start: tuple) -> int:
     """Runs units in worker processes; returns how many failed, each with its traceback on stderr."""
     failed = 0
-    context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(workers, mp_context=context, initializer=Worker.start, initargs=start) as pool,
+        make_pool(workers, Worker.start, *start) as pool,
         tqdm(total=sum(len(unit.identities) for unit in units), unit="trial", smoothing=0.02) as bar,
     ):
         futures = {pool.submit(Worker.run, unit): unit for unit in units}

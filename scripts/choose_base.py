@@ -4,24 +4,23 @@
     python scripts/meta_train.py --preset laptop --bases bases.json --data DIR --output runs/meta-again
 
 The search of a meta-training run predicts, family by family, what configurations are worth. Candidates are what would
-be best had other tasks been drawn (a bootstrap over the search's tasks), and those of earlier runs of this script, by
-`--also`. Each is run as the untrained controller's base, with a known horizon and without, on every domain of role
+be best had other tasks been drawn (a bootstrap over the search's tasks), and those that a file lists, by `--also`. Each
+is run as the untrained controller's base, decaying (a known horizon) and held (an unknown one), on every domain of role
 "validation" in DIR, for a few seeds; the best by the mean over domains of log(NDCG@10 + 0.02) of validation users is
-chosen. With `--into`, a checkpoint that is at rest for these families gets them. The last line is JSON.
+chosen. Of candidates that several families share, the best on average over all of them is chosen for "other" models.
+What `--output` already holds of the same domains and seeds is not run again. With `--into`, a checkpoint that is at
+rest for these families gets their bases. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,9 +36,11 @@ from envs.public import load_folder
 from envs.recommenders import RECOMMENDERS
 from metalearn import load_controller
 from metalearn.controller import CONTROLLED, ControllerConfig, load_checkpoint, save_checkpoint
+from metalearn.controller.config import OTHER
 from metalearn.controller.outcome import METRIC_OFFSET
 from metalearn.errors import InvalidArgumentError, MetalearnError
 from provenance import provenance
+from workers import make_pool
 
 HORIZONS = {"known": "base_decaying", "unknown": "base"}
 """What is chosen for, and the benchmark's method that runs it."""
@@ -75,18 +76,31 @@ def read_candidates(path: Path | None, family: str) -> list[dict[str, float]]:
     """Returns the configurations of a family that an output of this script has runs of, each once."""
     try:
         rows = json.loads(path.read_text())["runs"] if path else []
-        known = [row["configuration"] for row in rows if row["family"] == family]
+        return unique([row["configuration"] for row in rows if row["family"] == family])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(f"`--also` must be an output of this script, got {path} ({error!r})") from error
-    return [one for index, one in enumerate(known) if one not in known[:index]]
+
+
+def unique(configurations: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """Returns configurations in their order, each once."""
+    return [one for index, one in enumerate(configurations) if one not in configurations[:index]]
+
+
+def read_recorded(path: Path, domains: Sequence[str], seeds: int) -> list[dict]:
+    """Returns the rows of an earlier run; none if it was of other domains or seeds, or there is no such file."""
+    if not path.exists():
+        return []
+    try:
+        record = json.loads(path.read_text())
+        told = record["provenance"]
+        alike = sorted(told["domains"]) == sorted(domains) and told["seeds"] == list(range(seeds))
+        return record["runs"] if alike else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(f"`--output` is there and no output of this script: {path} ({error!r})") from error
 
 
 def measure(job: tuple[str, str, Path, str, int, Path]) -> tuple[float, float]:
     """Runs one base on one whole domain; returns NDCG@10 of all validation users, and the seconds that it took."""
-    import torch
-
-    torch.set_num_threads(1)
-    logging.getLogger("envs.public").setLevel(logging.ERROR)
     name, family, data, method, seed, checkpoint = job
     (task,) = make_tasks([name], [family])
     domain = Domains(load_folder(data), CACHE)[name]
@@ -104,36 +118,57 @@ def save_base(configuration: dict[str, float], path: Path) -> Path:
     return save_checkpoint(replace(checkpoint, base=np.broadcast_to(encoded, checkpoint.base.shape)), path)
 
 
-def compare(
-    family: str, candidates: Sequence[dict[str, float]], domains: Sequence[str], seeds: int, data: Path, workers: int
+def measure_all(
+    family: str,
+    cells: Sequence[tuple[str, dict[str, float]]],
+    domains: Sequence[str],
+    *,
+    seeds: int,
+    data: Path,
+    workers: int,
 ) -> list[dict]:
-    """Runs every candidate on every domain; returns one row a candidate and horizon, the best of a horizon first."""
+    """Runs configurations of a family, each for a horizon, on every domain; returns a row for each."""
     with tempfile.TemporaryDirectory(prefix="choose-base-") as folder:
-        paths = [save_base(one, Path(folder) / f"{index}.safetensors") for index, one in enumerate(candidates)]
-        cells = [(i, horizon) for horizon in HORIZONS for i in range(len(candidates))]
+        paths = [save_base(one, Path(folder) / f"{index}.safetensors") for index, (_, one) in enumerate(cells)]
         jobs = [
-            (name, family, data, HORIZONS[horizon], seed, paths[i])
-            for i, horizon in cells
+            (name, family, data, HORIZONS[horizon], seed, path)
+            for (horizon, _), path in zip(cells, paths, strict=True)
             for name in domains
             for seed in range(seeds)
         ]
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with make_pool(workers) as pool:
             runs = tqdm(pool.map(measure, jobs), total=len(jobs), desc=family, mininterval=5.0)
             measured = np.array(list(runs)).reshape(len(cells), len(domains), seeds, 2)
     rows = []
-    for (index, horizon), values in zip(cells, measured, strict=True):
+    for (horizon, configuration), values in zip(cells, measured, strict=True):
         by_domain = values[..., 0].mean(-1)
         rows.append(
             {
                 "family": family,
                 "horizon": horizon,
-                "configuration": candidates[index],
+                "configuration": configuration,
                 "score": float(np.log(by_domain + METRIC_OFFSET).mean()),
                 "ndcg": dict(zip(domains, by_domain.tolist(), strict=True)),
                 "seconds": float(values[..., 1].mean()),
             }
         )
-    return sorted(rows, key=lambda row: (row["horizon"], -row["score"]))
+    return rows
+
+
+def choose(rows: Sequence[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """Returns the best configuration of each family and horizon, and of all families together."""
+    scores: dict[str, dict[str, dict[tuple, float]]] = {}
+    for row in rows:
+        key = tuple(row["configuration"][name] for name in CONTROLLED)
+        scores.setdefault(row["horizon"], {}).setdefault(row["family"], {})[key] = row["score"]
+    bases: dict[str, dict[str, dict[str, float]]] = {}
+    for horizon, families in scores.items():
+        shared = set.intersection(*map(set, families.values()))
+        together = {key: float(np.mean([one[key] for one in families.values()])) for key in shared}
+        for family, found in {**families, **({OTHER: together} if together and len(families) > 1 else {})}.items():
+            best = max(found, key=lambda key: found[key])
+            bases.setdefault(family, {})[horizon] = dict(zip(CONTROLLED, best, strict=True))
+    return bases
 
 
 def save_into(path: Path, bases: Mapping[str, Mapping[str, dict[str, float]]]) -> None:
@@ -161,6 +196,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these domains instead, by name, of whatever role")
     parser.add_argument("--models", nargs="+", choices=list(RECOMMENDERS), default=list(RECOMMENDERS))
+    parser.add_argument("--horizons", nargs="+", choices=list(HORIZONS), default=list(HORIZONS))
     parser.add_argument("--candidates", type=int, default=6, help="of every family")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the candidates")
@@ -183,22 +219,22 @@ def main() -> None:
         from metalearn.meta_training.release import check_at_rest
 
         check_at_rest(load_checkpoint(arguments.into), models)
-    rows, bases = [], {}
+    rows = [] if arguments.quick else read_recorded(arguments.output, domains, seeds)
     for family in models:
         candidates = find_candidates(arguments.search, family, count, arguments.seed) if arguments.search else []
-        candidates += read_candidates(arguments.also, family)
-        found = compare(family, candidates, domains, seeds, arguments.data, arguments.workers)
-        for row in found:
+        candidates = unique([*candidates, *read_candidates(arguments.also, family)])
+        done = [(row["horizon"], row["configuration"]) for row in rows if row["family"] == family]
+        cells = [(horizon, one) for horizon in arguments.horizons for one in candidates if (horizon, one) not in done]
+        if cells:
+            rows += measure_all(family, cells, domains, seeds=seeds, data=arguments.data, workers=arguments.workers)
+        for row in sorted((row for row in rows if row["family"] == family), key=lambda r: (r["horizon"], -r["score"])):
             print(f"{family}, {row['horizon']}: {row['score']:.4f} {row['configuration']}", flush=True)
-        bases[family] = {
-            horizon: next(row["configuration"] for row in found if row["horizon"] == horizon) for horizon in HORIZONS
-        }
-        rows += found
-    if not arguments.quick:
-        record = {"bases": bases, "runs": rows, "provenance": provenance(domains=domains, seeds=list(range(seeds)))}
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        bases = choose(rows)
+        if not arguments.quick:
+            record = {"bases": bases, "runs": rows, "provenance": provenance(domains=domains, seeds=list(range(seeds)))}
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.into is not None and not arguments.quick:
-        save_into(arguments.into, bases)
+        save_into(arguments.into, {family: bases[family] for family in models})
     print(json.dumps({"bases": bases}))
 
 

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +41,7 @@ from metalearn.meta_training.config import KNOWN
 from metalearn.meta_training.model_card import write_model_card
 from metalearn.meta_training.release import tempered
 from provenance import commit, provenance
+from workers import make_pool
 
 DECAYS = (0.0, 0.3)
 SHARES = (0.0, 0.3, 1.0)
@@ -52,10 +50,6 @@ CACHE = Path("runs/benchmark/domains")
 
 def measure(job: tuple[str, str, str, Path, str, int, Path]) -> tuple[float, float]:
     """Trains on one whole domain; returns NDCG@10 of all validation users, and of all test users."""
-    import torch
-
-    torch.set_num_threads(1)
-    logging.getLogger("envs.public").setLevel(logging.ERROR)
     name, role, family, data, method, seed, checkpoint = job
     (task,) = make_tasks([name], [family])
     domain = Domains(load_folder(data, role=role), CACHE)[name]
@@ -110,7 +104,7 @@ def main() -> None:
             for name in names
             for seed in range(seeds)
         ]
-        with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        with make_pool(arguments.workers) as pool:
             runs = tqdm(pool.map(measure, jobs), total=len(jobs), mininterval=5.0)
             measured = np.array(list(runs)).reshape(len(cells), len(names), seeds, 2).mean(2)
     rows: list[dict[str, Any]] = []

@@ -35,7 +35,7 @@ from envs.public import DomainCache, find_source, load_folder, load_public
 from envs.tasks import NO_EVENTS, TaskPool, build_pool
 from envs.vectorized import HUGE, LARGE, MIDDLE, SMALL, WHOLE, Bucket
 from metalearn.controller.checkpoint import save_checkpoint
-from metalearn.controller.config import CONTROLLED, ControllerConfig
+from metalearn.controller.config import CONTROLLED, OTHER, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS
 from metalearn.errors import InvalidArgumentError, MetalearnError
 from metalearn.interactions import Interactions
@@ -213,7 +213,7 @@ def read_bases(path: Path | None) -> tuple[ChosenBase, ...]:
         return tuple(
             (family, horizon == "known", tuple(float(values[name]) for name in CONTROLLED))
             for family, horizons in json.loads(path.read_text())["bases"].items()
-            if family != "other"
+            if family != OTHER
             for horizon, values in sorted(horizons.items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -31,6 +31,7 @@ OWN_BASE = {
     "controller_decaying": "base_decaying",
     "controller_half": "base_decaying",
     "controller_double": "base_decaying",
+    "controller_unfamiliar": "base_unfamiliar",
     "controller_long": "base_long",
 }
 """Each controller, and what its untrained policy runs in the same place."""
@@ -38,6 +39,7 @@ COMPARED = (
     *(name for name in OWN_BASE if name not in ("controller", "controller_long")),
     "base",
     "base_decaying",
+    "base_unfamiliar",
     "default",
     "best_fixed_configuration",
     "best_fixed_schedule",

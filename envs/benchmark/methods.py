@@ -1,6 +1,7 @@
 """Methods: what is run on a task. From a configuration to a model, its optimizer and what steers it.
 
-A configuration has learning_rate, weight_decay, beta1, dropout and schedule, or the controller's fingerprint.
+A configuration has learning_rate, weight_decay, beta1, dropout and schedule, or a fingerprint of what the controller
+has for the task's family.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from envs.domains import Domain
 from envs.recommenders import RECOMMENDERS
 from envs.recommenders.training import PlainSchedule, Steering, TrainingRun
 from metalearn import Controller, load_controller
+from metalearn.controller.checkpoint import fingerprint
 from metalearn.controller.config import CONTROLLED
 from metalearn.errors import InvalidArgumentError
 from metalearn.meta_training.warm_start import family_box
@@ -85,11 +87,17 @@ class Steered:
       decays: whether the rate decays, over a share of the true horizon; None holds it, and averaged weights count,
         whatever is told of the horizon.
       length: steps, as a multiple of the task's.
+      familiar: whether it is told the model's family; if not, it has for the model what it has for any.
     """
 
     trained: bool
     decays: float | None = None
     length: int = 1
+    familiar: bool = True
+
+    def family(self, controller: Controller, family: str) -> str | None:
+        """Returns what a controller is told of a task's family."""
+        return controller.config.known_family(family) if self.familiar else None
 
 
 STEERED: Mapping[str, Steered] = {
@@ -98,9 +106,11 @@ STEERED: Mapping[str, Steered] = {
     "controller_half": Steered(trained=True, decays=0.5),
     "controller_double": Steered(trained=True, decays=2.0),
     "controller_long": Steered(trained=True, length=10),
+    "controller_unfamiliar": Steered(trained=True, familiar=False),
     "base": Steered(trained=False),
     "base_decaying": Steered(trained=False, decays=1.0),
     "base_long": Steered(trained=False, length=10),
+    "base_unfamiliar": Steered(trained=False, familiar=False),
 }
 
 
@@ -133,6 +143,15 @@ class Controllers:
     def of(self, method: str) -> Controller:
         """Returns the controller that steers a method."""
         return self.trained if STEERED[method].trained else self.untrained
+
+    def fingerprint(self, method: str, family: str) -> str:
+        """Returns a fingerprint of what steers a method on a family: without the bases that other families have."""
+        controller = self.of(method)
+        checkpoint = controller.checkpoint
+        row = checkpoint.config.family_index(STEERED[method].family(controller, family))
+        base = np.zeros_like(checkpoint.base)
+        base[row] = checkpoint.base[row]
+        return fingerprint(replace(checkpoint, base=base))
 
 
 def sampled_configurations(replicate: int, family: str) -> list[dict[str, Any]]:
@@ -180,13 +199,13 @@ def start_run(
     steering: Steering
     if method in STEERED:
         optimizer = torch.optim.AdamW(model.parameter_groups(), fused=True)
-        decays, controller = STEERED[method].decays, controllers.of(method)
+        steered, controller = STEERED[method], controllers.of(method)
         steering = MetaScheduler(
             optimizer,
             model=model,
             domain=domain.profile,
-            family=controller.config.known_family(task.family),
-            horizon=None if decays is None else round(decays * task.settings.steps),
+            family=steered.family(controller, task.family),
+            horizon=None if steered.decays is None else round(steered.decays * task.settings.steps),
             batch_size=task.settings.batch_size,
             interval=task.settings.interval,
             controller=controller,

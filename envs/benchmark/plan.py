@@ -115,7 +115,7 @@ def _units(method: str, task: Task, size: Size, controllers: Controllers) -> Ite
     else:
         task = task.prolonged(STEERED[method].length)
         for seed in range(size.seeds):
-            hyperparameters = {"checkpoint": controllers.of(method).fingerprint}
+            hyperparameters = {"checkpoint": controllers.fingerprint(method, task.family)}
             yield seed, _single(task, method, hyperparameters, seed=seed)
 
 

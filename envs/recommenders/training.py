@@ -140,11 +140,11 @@ class TrainingRun:
         seed: int,
         on_step: Callable[[int], object] | None = None,
     ) -> None:
-        self.model, self.optimizer, self.settings = model, optimizer, settings
+        self.model, self.optimizer, self.steering, self.settings = model, optimizer, steering, settings
         self.result = TrainingResult(test={})
         self.steps = 0
         """Optimizer steps taken."""
-        self._steering, self._on_step = steering, on_step
+        self._on_step = on_step
         torch.manual_seed(seed)
         self._random_state = torch.get_rng_state()
         self._sampler = model.sampler(domain, settings.batch_size, seed=seed)
@@ -165,14 +165,14 @@ class TrainingRun:
             loss.backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self._steering.step(loss)
-            if self._steering.should_validate or self.steps == self.settings.steps:
+            self.steering.step(loss)
+            if self.steering.should_validate or self.steps == self.settings.steps:
                 paused = time.perf_counter()
                 value = self._validated()
                 validation_seconds += time.perf_counter() - paused
                 self._losses_finite &= torch.isfinite(loss.detach())
                 self.result.validation.append((self.steps, value))
-                self._steering.report(value)
+                self.steering.report(value)
             if self._on_step is not None:
                 self._on_step(self.steps)
         self._random_state = torch.get_rng_state()
@@ -185,7 +185,7 @@ class TrainingRun:
         self.model.load_state_dict(self._best_weights)
 
     def _validated(self) -> float:
-        with self._steering.averaged_parameters():
+        with self.steering.averaged_parameters():
             value = self._validate(self.model).mean_ndcg
             if value > self._best:
                 self._best, self._best_weights = value, _copy(self.model)

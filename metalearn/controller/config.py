@@ -18,6 +18,9 @@ CONTROLLED = GROUP_CONTROLLED + GLOBAL_CONTROLLED
 """The part of the canonical vocabulary that this generation of controllers acts on; the rest keeps its default."""
 _CONTROLLED_SPACE = CANONICAL_SPACE.subset(CONTROLLED)
 
+OTHER = "other"
+"""What stands for a model of none of a controller's families, and for one of which nobody says what it is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reach:
@@ -87,6 +90,8 @@ class ControllerConfig:
             raise InvalidArgumentError(f"`decay_to` must be a share between 0 and 1, got {self.decay_to}")
         if len(set(self.families)) < len(self.families):
             raise InvalidArgumentError(f"`families` must not repeat, got {self.families}")
+        if OTHER in self.families:
+            raise InvalidArgumentError(f"`families` must not have {OTHER!r}, which stands for any that is not in them")
         if not set(self.at_rest) <= set(self.families):
             raise InvalidArgumentError(f"`at_rest` must be among the families {self.families}, got {self.at_rest}")
         if len(self.reach) != len(CONTROLLED):
@@ -96,6 +101,11 @@ class ControllerConfig:
     def space(self) -> HyperparameterSpace:
         """The controlled hyperparameters, group-scoped ones first."""
         return _CONTROLLED_SPACE
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The families in the order of the base's and of the family embedding's rows, `OTHER` first."""
+        return (OTHER, *self.families)
 
     def known_family(self, family: str | None) -> str | None:
         """Returns a family if there is a base for it, None for any other."""

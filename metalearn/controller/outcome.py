@@ -132,7 +132,7 @@ def input_names(config: ControllerConfig) -> tuple[str, ...]:
         "horizon_known",
         "validation_above_popularity",
         *config.descriptors,
-        *(f"family_{name}" for name in ("other", *config.families)),
+        *(f"family_{name}" for name in config.rows),
         *(f"start_{name}" for name in CONTROLLED),
         *(f"residual_{name}" for name in CONTROLLED),
         *(f"run_{name}" for name in GLOBAL_FEATURES),

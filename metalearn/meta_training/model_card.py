@@ -59,7 +59,7 @@ def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
     training = provenance["meta_training"]
     steps = [bound for bounds in training["steps_range"] for bound in bounds]
     rows = []
-    for row, family in enumerate(("other", *config.families)):
+    for row, family in enumerate(config.rows):
         for decays, rate in ((0, "held"), (1, "decays")):
             units = zip(CONTROLLED, checkpoint.base[row, decays].tolist(), strict=True)
             cells = [f"{config.space[name].decode(unit):.4g}" for name, unit in units]

@@ -158,7 +158,6 @@ class MetaScheduler:
         bound = Bindings(optimizer, model)
         roles = infer_roles(optimizer, model)
         loaded = controller if isinstance(controller, Controller) else load_controller(controller)
-        expects_average = averaging is True
         averaging = check_averaging(averaging, horizon)
         ranks = join(process_group, optimizer, model)
         if ranks is not None:
@@ -228,8 +227,8 @@ class MetaScheduler:
             recovery=rollback and Recovery(rollback, model=model, optimizer=optimizer, tracked=tracked),
         )
         self._in_average = False
-        self._expects_average = expects_average
-        """whether the loop has said that it evaluates averages, and has not been seen to do otherwise"""
+        self._expects_average = self._run.average is not None
+        """whether the loop is to evaluate averages, and has not been seen to do otherwise"""
         self._saw_average = False
         """whether they were in the model since the last report, or are"""
         self._run.begin()
@@ -405,13 +404,13 @@ class MetaScheduler:
             self.report(self._metric.told(run.validation))
 
     def _warn_of_raw_weights(self) -> None:
-        """Warns once if a metric is reported and averaged weights, though promised, were not there to be evaluated."""
-        if self._expects_average and not self._saw_average and self._run.average is not None:
+        """Warns once if a metric is reported of the weights as they are, and averages are there to be evaluated."""
+        if self._expects_average and not self._saw_average:
             self._expects_average = False
             warnings.warn(
-                "`averaging` is True, and a metric was reported of the weights as they are: the rate is held, so that "
-                "they are worse than their average; evaluate and export inside `averaged_parameters`, or leave "
-                "`averaging` out",
+                "a metric was reported of the weights as they are, while the rate is held (`averaging` is True or the "
+                "horizon unknown), so that they are worse than their average; evaluate and export inside "
+                "`averaged_parameters`, or pass a `horizon` without `averaging`",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -27,6 +27,7 @@ from envs.domains import Domain, make_domain
 from envs.recommenders import RECOMMENDERS, Evaluator
 from envs.recommenders.training import TrainingSettings, train
 from envs.simulated import SimulatedPrior, simulate
+from metalearn import Controller
 from metalearn.controller.actions import schedule_multiplier
 from metalearn.controller.config import CONTROLLED
 from metalearn.errors import InvalidArgumentError
@@ -241,7 +242,7 @@ def test_the_untrained_controller_keeps_to_its_base(told: int, domain: Domain, c
     method = "base_decaying" if told else "base"
     run = start_run(method, {}, TASK, domain, controllers, seed=0)
     run.advance()
-    scheduler = run._steering
+    scheduler = run.steering
     config = controllers.untrained.config
     family = config.families.index(TASK.family) + 1 if TASK.family in config.families else 0
     base = controllers.trained.checkpoint.base[family, told]
@@ -251,7 +252,19 @@ def test_the_untrained_controller_keeps_to_its_base(told: int, domain: Domain, c
         for group in decision.groups:
             assert group == {name: pytest.approx(expected[name], rel=1e-5) for name in group}
         assert decision.run["dropout"] == pytest.approx(expected["dropout"], abs=1e-6)
-    assert controllers.untrained.fingerprint != controllers.trained.fingerprint
+
+
+def test_a_fingerprint_is_of_what_a_family_is_given(controllers: Controllers):
+    checkpoint = controllers.trained.checkpoint
+    trained, *others = checkpoint.config.families
+    base = checkpoint.base.copy()
+    base[checkpoint.config.family_index(others[0])] += 0.1
+    changed = Controllers()
+    changed.trained = Controller(replace(checkpoint, base=base))  # a cached property: in place of the loaded one
+    for method in ("controller", "base"):
+        assert changed.fingerprint(method, trained) == controllers.fingerprint(method, trained)
+        assert changed.fingerprint(method, others[0]) != controllers.fingerprint(method, others[0])
+    assert controllers.fingerprint("controller", trained) != controllers.fingerprint("base", trained)
 
 
 def test_tasks_are_named_by_their_budget():

@@ -106,14 +106,14 @@ def test_losses_to_the_fixed_schedule_are_those_of_the_raw_trials() -> None:
 
 def test_intervals_hold_their_values_and_all_keys_are_there(full: dict) -> None:
     groups = [full["overall"], *full["families"].values(), *full["domains"].values(), *full["variants"].values()]
-    assert len(groups) == 1 + 2 + 5 + 4
+    assert len(groups) == 1 + 2 + 5 + 5
     for group in groups:
         assert set(KEYS) <= set(group)
         for estimate in group.values():
             if estimate["value"] is not None:
                 assert estimate["low"] <= estimate["value"] + 1e-9
                 assert estimate["value"] <= estimate["high"] + 1e-9
-    assert set(full["variants"]) == {"decaying", "half", "double", "long"}
+    assert set(full["variants"]) == {"decaying", "half", "double", "long", "unfamiliar"}
     assert full["overall"]["ratio_to_fixed_schedule"]["tasks"] == 10
 
 

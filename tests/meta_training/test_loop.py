@@ -217,7 +217,7 @@ def test_every_family_has_its_base_in_the_checkpoint_and_in_the_log(
 ):
     checkpoint, records = whole_run
     search = records[0]
-    for row, family in enumerate(("other", *config.families)):
+    for row, family in enumerate(config.rows):
         for known, horizon in enumerate(("unknown", "known")):
             for name, unit in zip(CONTROLLED, checkpoint.base[row, known].tolist(), strict=True):
                 assert search[f"base/{family}/{horizon}/{name}"] == config.space[name].decode(unit)
@@ -273,7 +273,7 @@ def test_the_model_card_shows_the_base_of_every_family(
     checkpoint = replace(whole_run[0], base=np.asarray(prior.base))
     write_model_card(checkpoint, tmp_path / "README.md")
     card = (tmp_path / "README.md").read_text().splitlines()
-    for family, bases in zip(("other", *config.families), BASES, strict=True):
+    for family, bases in zip(config.rows, BASES, strict=True):
         for rate, base in zip(("held", "decays"), bases, strict=True):
             assert f"| {family} | {rate} | " + " | ".join(f"{value:.4g}" for value in base) + " |" in card
     assert any("two_tower 128 x 96 (d 4, batch 32)" in line for line in card)
@@ -301,9 +301,9 @@ def test_a_family_that_validation_speaks_against_is_released_at_rest():
 
 
 def test_chosen_bases_replace_those_of_their_family_and_horizon_only():
-    controller = ControllerConfig(descriptors=DESCRIPTORS, families=("one", "other"))
+    controller = ControllerConfig(descriptors=DESCRIPTORS, families=("one", "two"))
     before = np.full((3, 2, len(CONTROLLED)), 0.5, np.float32)
-    after = with_bases(before, controller, [("other", True, (0.01, 0.1, 0.9, 0.2))])
+    after = with_bases(before, controller, [("two", True, (0.01, 0.1, 0.9, 0.2))])
     decoded = [controller.space[name].decode(float(u)) for name, u in zip(CONTROLLED, after[2, 1], strict=True)]
     assert decoded == pytest.approx([0.01, 0.1, 0.9, 0.2], rel=1e-5)
     assert (before == 0.5).all()

@@ -54,7 +54,9 @@ class Loop:
             self.optimizer.zero_grad()
             self.scheduler.step(level + rose + rise)
         self.index += 1
-        return self.scheduler.report(0.3 - 0.2 * level + fell - fall)
+        with self.scheduler.averaged_parameters():
+            metric = 0.3 - 0.2 * level + fell - fall
+        return self.scheduler.report(metric)
 
     def until_response(self, count: int, **change: float) -> Decision:
         """Go on until more is done about drift than to ask for a profile, at most so many intervals; return that."""

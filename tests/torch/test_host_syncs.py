@@ -67,8 +67,10 @@ def test_hooks_and_step_read_nothing_back(domain: Domain, controller: Controller
         assert bool(before.counts) == probing
         assert bool(after.counts) == (horizon is None and (index + 1) % 8 == 0)
         if scheduler.should_validate:
+            with scheduler.averaged_parameters():
+                metric = 0.1
             with Operations() as deciding:
-                scheduler.report(0.1)
+                scheduler.report(metric)
             assert deciding.reads == {}  # `cpu` brings all of it over at once: see the monitor's tests
             assert sum(deciding.counts.values()) <= 8
     assert scheduler.decision.index == 4

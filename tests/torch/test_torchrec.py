@@ -48,7 +48,9 @@ def steer(scheduler: MetaScheduler, layer: torch.nn.Linear, stepped: Any) -> Non
         stepped.zero_grad()
         scheduler.step(loss)
         if scheduler.should_validate:
-            scheduler.report(-loss.item())
+            with scheduler.averaged_parameters():
+                metric = -loss.item()
+            scheduler.report(metric)
     assert len(scheduler.decisions) == 4
     assert scheduler.get_last_lr()[0] == pytest.approx(scheduler.decisions[2].groups[0]["learning_rate"], rel=1e-9)
 

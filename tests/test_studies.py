@@ -1,0 +1,72 @@
+"""What scripts/choose_base.py chooses, and when the rules of scripts/compare_rules.py change a rate."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+LOW, MIDDLE, HIGH = ({"learning_rate": rate, "weight_decay": 0.1, "beta1": 0.9, "dropout": 0.0} for rate in (1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Any]:
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        yield import_module
+    finally:
+        sys.path.remove(str(SCRIPTS))
+
+
+def row(family: str, configuration: dict[str, float], score: float, horizon: str = "unknown") -> dict[str, Any]:
+    return {"family": family, "horizon": horizon, "configuration": configuration, "score": score}
+
+
+def test_a_base_is_the_best_of_its_family_and_that_of_others_the_best_of_what_all_share(scripts: Any):
+    choose = scripts("choose_base").choose
+    rows = [row("one", LOW, 0.0), row("one", MIDDLE, 0.3), row("one", HIGH, 0.4)]
+    rows += [row("two", LOW, -1.0), row("two", MIDDLE, -1.1)]
+    rows += [row("one", LOW, 0.2, "known")]
+    assert choose(rows) == {
+        "one": {"unknown": HIGH, "known": LOW},
+        "two": {"unknown": LOW},
+        "other": {"unknown": MIDDLE},  # HIGH is nothing that both have; LOW lies 0.2 below on average
+    }
+
+
+def test_families_that_share_no_candidate_leave_others_alone(scripts: Any):
+    assert "other" not in scripts("choose_base").choose([row("one", LOW, 0.0), row("two", HIGH, 0.0)])
+    assert "other" not in scripts("choose_base").choose([row("one", LOW, 0.0)])
+
+
+def test_recorded_rows_count_for_the_same_domains_and_seeds_only(scripts: Any, tmp_path: Path):
+    read, path = scripts("choose_base").read_recorded, tmp_path / "bases.json"
+    assert read(path, ["a", "b"], 2) == []
+    path.write_text('{"runs": [{"family": "one"}], "provenance": {"domains": ["b", "a"], "seeds": [0, 1]}}')
+    assert read(path, ["a", "b"], 2) == [{"family": "one"}]
+    assert read(path, ["a"], 2) == read(path, ["a", "b"], 1) == []
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="`--output` is there and no output of this script"):
+        read(path, ["a"], 1)
+
+
+def test_a_plateau_cuts_the_rate_three_times_at_most(scripts: Any):
+    rule = scripts("compare_rules").RULES["plateau"]
+    assert rule.factor_after([0.1, 0.3, 0.2, 0.2], 1.0) == 1.0
+    assert rule.factor_after([0.1, 0.3, 0.2, 0.2, 0.3], 1.0) == pytest.approx(0.3)
+    assert rule.factor_after([0.1, 0.3, 0.2, 0.2, 0.31], 1.0) == 1.0
+    assert rule.factor_after([0.3, 0.2, 0.2, 0.2], 0.3**2) == pytest.approx(0.3**3)
+    assert rule.factor_after([0.3, 0.2, 0.2, 0.2], 0.3**3) == 0.3**3
+
+
+def test_a_trend_raises_the_rate_up_to_a_bound(scripts: Any):
+    rule = scripts("compare_rules").RULES["trend"]
+    rising, flat = [0.1, 0.1, 0.1, 0.11, 0.11, 0.11], [0.1, 0.1, 0.1, 0.1, 0.1, 0.105]
+    assert rule.factor_after(rising, 1.0) == 1.7
+    assert rule.factor_after(rising[:-1], 1.0) == rule.factor_after(flat, 1.0) == 1.0
+    assert rule.factor_after(rising, 6.0) == 8.0
