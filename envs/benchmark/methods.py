@@ -145,12 +145,12 @@ class Controllers:
         return self.trained if STEERED[method].trained else self.untrained
 
     def fingerprint(self, method: str, family: str) -> str:
-        """Returns a fingerprint of what steers a method on a family: without the bases that other families have."""
-        controller = self.of(method)
-        checkpoint = controller.checkpoint
-        row = checkpoint.config.family_index(STEERED[method].family(controller, family))
+        """Returns a fingerprint of what may steer a method on a family: without the bases that other families have."""
+        checkpoint = self.of(method).checkpoint
+        told = checkpoint.config.family_index(checkpoint.config.known_family(family))
         base = np.zeros_like(checkpoint.base)
-        base[row] = checkpoint.base[row]
+        for row in (told, checkpoint.config.family_index(None)):
+            base[row] = checkpoint.base[row]
         return fingerprint(replace(checkpoint, base=base))
 
 

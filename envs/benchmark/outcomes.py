@@ -107,8 +107,8 @@ def collect(trials: Iterable[Trial]) -> Records:
     """Orders trials by task and method; of an identity that was recorded twice the last trial counts.
 
     Trials that have not ended, are invalid or were not tested are left out; so are those of any checkpoint but the one
-    that was recorded last, or some seeds would be another controller's. A diverged one counts as 0 if it has no finite
-    test score.
+    that was recorded last of their family, or some seeds would be another controller's. A diverged one counts as 0 if
+    it has no finite test score.
 
     Raises:
       InvalidArgumentError: a task's name or a configuration's identity cannot be read.
@@ -133,11 +133,12 @@ def collect(trials: Iterable[Trial]) -> Records:
     return records
 
 
-def _steering(trial: Trial) -> str:
-    """Returns what steers a trial: the trained controller, its base without it, or no checkpoint at all."""
+def _steering(trial: Trial) -> tuple[str, str]:
+    """Returns what steers a trial (the trained controller, its base without it, no checkpoint), and its family."""
+    family = TaskName.parse(trial.task).family
     if "checkpoint" not in trial.configuration:
-        return "none"
-    return "base" if identity(trial).method.startswith("base") else "controller"
+        return "none", family
+    return "base" if identity(trial).method.startswith("base") else "controller", family
 
 
 def skipped(trials: Iterable[Trial]) -> dict[tuple[TaskName, str], str]:
