@@ -24,7 +24,7 @@ def with_bases(bases: np.ndarray, controller: ControllerConfig, chosen: Sequence
     bases = bases.copy()
     for family, known, values in chosen:
         encoded = [controller.space[name].encode(value) for name, value in zip(CONTROLLED, values, strict=True)]
-        bases[controller.rows.index(family), int(known)] = encoded
+        bases[controller.family_index(family), int(known)] = encoded
     return bases
 
 

@@ -51,6 +51,9 @@ def test_families_must_not_repeat():
 def test_families_are_rows_after_that_of_any_other():
     assert [CONFIG.family_index(family) for family in (None, "two_tower", "click_model")] == [0, 1, 2]
     assert ControllerConfig(descriptors=()).family_index(None) == 0
+    assert CONFIG.rows == ("other", "two_tower", "click_model")
+    with pytest.raises(InvalidArgumentError, match="`families` must not have 'other'"):
+        ControllerConfig(descriptors=(), families=("two_tower", "other"))
 
 
 @pytest.mark.parametrize("family", ["matrix_factorization", "", "TWO_TOWER"])

@@ -256,3 +256,7 @@ def test_only_the_checkpoint_recorded_last_counts():
     methods = collect(trials)[MOVIES]
     assert [run.test for run in methods["controller"]] == [0.3]
     assert {name: len(runs) for name, runs in methods.items()} == {"default": 1, "controller": 1, "base": 1}
+    other = replace(
+        steered("controller", "of another family", 0, 0.4), task=TASK.replace("matrix_factorization", "two_tower")
+    )
+    assert [run.test for run in collect([*trials, other])[MOVIES]["controller"]] == [0.3]  # its family's, not the last
