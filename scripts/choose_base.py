@@ -223,6 +223,8 @@ def main() -> None:
     for family in models:
         candidates = find_candidates(arguments.search, family, count, arguments.seed) if arguments.search else []
         candidates = unique([*candidates, *read_candidates(arguments.also, family)])
+        if arguments.quick:
+            candidates = candidates[:count]
         done = [(row["horizon"], row["configuration"]) for row in rows if row["family"] == family]
         cells = [(horizon, one) for horizon in arguments.horizons for one in candidates if (horizon, one) not in done]
         if cells:
