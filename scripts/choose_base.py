@@ -87,16 +87,25 @@ def unique(configurations: Sequence[dict[str, float]]) -> list[dict[str, float]]
 
 
 def read_recorded(path: Path, domains: Sequence[str], seeds: int) -> list[dict]:
-    """Returns the rows of an earlier run; none if it was of other domains or seeds, or there is no such file."""
+    """Returns the rows of an earlier run on the same domains and seeds; none if there is no such file.
+
+    Raises:
+      InvalidArgumentError: the file is of other domains or seeds, or none of this script.
+    """
     if not path.exists():
         return []
     try:
         record = json.loads(path.read_text())
         told = record["provenance"]
         alike = sorted(told["domains"]) == sorted(domains) and told["seeds"] == list(range(seeds))
-        return record["runs"] if alike else []
+        rows: list[dict] = record["runs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(f"`--output` is there and no output of this script: {path} ({error!r})") from error
+    if not alike:
+        raise InvalidArgumentError(
+            f"`--output` {path} is of the domains {told['domains']} and seeds {told['seeds']}; pass another path"
+        )
+    return rows
 
 
 def measure(job: tuple[str, str, Path, str, int, Path]) -> tuple[float, float]:

@@ -161,7 +161,8 @@ def reference_budget(group: Sequence[Mapping[str, Outcome | Missing]]) -> int | 
 def compare(evidence: Evidence, method: str) -> Samples:
     """Returns what a method is compared by on one task, or why something is missing.
 
-    own, fixed, best, base: test scores [S] of the method, the fixed schedule, the reference search, its own base.
+    own, fixed, best, base, default: test scores [S] of the method, the fixed schedule, the reference search, its own
+        base, AdamW's default.
     error: [1] standard error of own less fixed.
     zero, one: test scores of default and of the reference search, where the latter is better beyond noise.
     time, reached: [S] share of the steps until validation reached the fixed schedule's best, 1 if it never did; and
@@ -169,6 +170,7 @@ def compare(evidence: Evidence, method: str) -> Samples:
     """
     own, fixed = evidence.outcome(method), evidence.outcome("fixed_schedule")
     outcomes = {"own": own, "fixed": fixed, "best": evidence.best, "base": evidence.outcome(OWN_BASE[method])}
+    outcomes["default"] = evidence.outcome("default")
     return {
         **{name: outcome if isinstance(outcome, Missing) else outcome.test for name, outcome in outcomes.items()},
         **_against_fixed(own, fixed, evidence),

@@ -47,6 +47,7 @@ SAMPLES = {
     "fixed": "the fixed schedule",
     "best": "the reference search",
     "base": "its base",
+    "default": "default",
     "zero": "default",
     "one": "the reference search",
 }
@@ -77,6 +78,7 @@ MEASURES = {
     "ratio_to_fixed_schedule": Measure(("own", "fixed"), _ratio),
     "ratio_to_best_of_64": Measure(("own", "best"), _ratio),
     "ratio_to_own_base": Measure(("own", "base"), _ratio),
+    "ratio_to_default": Measure(("own", "default"), _ratio),
     "iqm_normalised": Measure(("own", "zero", "one"), _iqm),
     "prob_improvement_over_fixed_schedule": Measure(
         ("own", "fixed"), lambda own, fixed: probability_of_improvement(own, fixed).mean(axis=-1)
@@ -102,7 +104,8 @@ def summary(trials: Iterable[Trial]) -> dict[str, Any]:
       Strict JSON values. An estimate is {"value", "low", "high", "tasks"}, with a "reason" where it is null and a
       "note" where it needs one.
 
-      overall, families, domains, variants: estimates of `MEASURES`, by name.
+      overall, families, domains, variants: estimates of `MEASURES`, by name; families_not_told: those of the controller
+        that is not told the family.
       budgets: by n, mean of best of n over mean of the controller, its geometric mean over tasks; budgets_by_family.
       methods: by name, "ratio_to_controller" (as above), and what one value on one task costs: "runs" and "seconds"
         (means over tasks), "total_seconds" over tasks.
@@ -121,6 +124,10 @@ def summary(trials: Iterable[Trial]) -> dict[str, Any]:
         "overall": measure(evidence, "controller"),
         "families": {
             family: measure([e for e in evidence if e.task.family == family], "controller")
+            for family in sorted({e.task.family for e in evidence})
+        },
+        "families_not_told": {
+            family: measure([e for e in evidence if e.task.family == family], "controller_unfamiliar")
             for family in sorted({e.task.family for e in evidence})
         },
         "domains": {

@@ -9,6 +9,7 @@ HEADLINE = {
     "ratio_to_fixed_schedule": "ratio to the fixed schedule",
     "ratio_to_best_of_64": "ratio to best of 64",
     "ratio_to_own_base": "ratio to its base, untrained",
+    "ratio_to_default": "ratio to AdamW's default",
     "iqm_normalised": "normalised score (0 default, 1 best of 64), interquartile mean",
     "prob_improvement_over_fixed_schedule": "probability of improvement over the fixed schedule",
     "share_won": "share of tasks won against it beyond noise",
@@ -17,7 +18,15 @@ HEADLINE = {
     "time_to_target": "share of steps until it validates as well as that at best (1 if never)",
     "reached_target": "share of runs that get there",
 }
-GROUPED = ("ratio_to_fixed_schedule", "ratio_to_best_of_64", "iqm_normalised", "share_lost", "worst_relative_loss")
+GROUPED = (
+    "ratio_to_fixed_schedule",
+    "ratio_to_best_of_64",
+    "ratio_to_own_base",
+    "ratio_to_default",
+    "iqm_normalised",
+    "share_lost",
+    "worst_relative_loss",
+)
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
@@ -33,8 +42,13 @@ def markdown(summary: Mapping[str, Any]) -> str:
         _remarks((HEADLINE[name], found) for name, found in summary["overall"].items()),
         _best_of(summary),
     ]
-    for title, key in (("families", "families"), ("domains", "domains"), ("variants of the controller", "variants")):
-        parts += [f"## By {title}" if key != "variants" else f"## {title.capitalize()}", _groups(summary[key])]
+    for title, key in (
+        ("By families", "families"),
+        ("By families, the controller not told which it is", "families_not_told"),
+        ("By domains", "domains"),
+        ("Variants of the controller", "variants"),
+    ):
+        parts += [f"## {title}", _groups(summary[key])]
     parts += ["## Methods and what they cost", _methods(summary), "## Tasks", _task_table(summary["tasks"])]
     if summary["long_tasks"]:
         parts += ["## Ten times the steps, against the base alone", _task_table(summary["long_tasks"])]

@@ -22,6 +22,7 @@ LEVELS = {"controller": 1.0, "base": 0.8, "default": 0.5, "controller_decaying":
 KEYS = (
     "ratio_to_fixed_schedule",
     "ratio_to_best_of_64",
+    "ratio_to_default",
     "iqm_normalised",
     "prob_improvement_over_fixed_schedule",
     "share_lost",
@@ -115,6 +116,7 @@ def test_intervals_hold_their_values_and_all_keys_are_there(full: dict) -> None:
                 assert estimate["value"] <= estimate["high"] + 1e-9
     assert set(full["variants"]) == {"decaying", "half", "double", "long", "unfamiliar"}
     assert full["overall"]["ratio_to_fixed_schedule"]["tasks"] == 10
+    assert set(full["families_not_told"]) == set(full["families"])
 
 
 def test_tasks_are_resampled_within_their_family() -> None:

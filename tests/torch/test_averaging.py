@@ -143,8 +143,11 @@ def test_a_loop_that_averages_is_resumed_to_the_bit(domain: Domain, controller: 
         assert torch.equal(second.model.user.weight, again.model.user.weight)
 
 
-def test_a_loop_that_promises_averages_and_evaluates_the_weights_is_warned_once(domain: Domain, controller: Controller):
-    run = start(domain, controller=controller, horizon=120, averaging=True, interval=6)
+@pytest.mark.parametrize("options", [{"horizon": 120, "averaging": True}, {"horizon": None}])
+def test_a_loop_that_is_to_average_and_evaluates_the_weights_is_warned_once(
+    domain: Domain, controller: Controller, options: dict
+):
+    run = start(domain, controller=controller, interval=6, **options)
     assert run.scheduler is not None
     run.advance(12)  # as promised
     for _ in range(6):
