@@ -91,6 +91,7 @@ def real_domain(name: str, interactions: Interactions, bucket: Bucket, rng: np.r
     minima = (max(bucket.users // 4, 64), max(min(bucket.items // 6, interactions.num_items // 2), 32))
 
     def draw() -> Interactions:
+        """Crops a whole domain, or draws a slice of one, at random."""
         if bucket.users >= FULL_SIZE:
             share = rng.uniform(0.5, 1.0)
             return crop(interactions, max_users=round(share * bucket.users), max_items=bucket.items, key=rng)

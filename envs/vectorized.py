@@ -272,6 +272,7 @@ class VectorizedEnvironment:
         averaging = ~jnp.isfinite(plan.horizon)
 
         def body(index, carry):
+            """Takes one step of an interval, averages where it is time, and sums up what is measured."""
             model, average, num_averaged, sums = carry
             model, loss, _ = take_step(index, model)
             average, num_averaged = jax.lax.cond(
@@ -333,6 +334,7 @@ class VectorizedEnvironment:
         optimizer = OPTIMIZERS[self.bucket.optimizer]
 
         def take_step(index: Any, model: Any) -> tuple[Any, Any, Any]:
+            """Draws a batch and takes one optimizer step; returns the model, the loss and the gradients."""
             params, state = model
             uniforms = jax.random.uniform(jax.random.fold_in(key_steps, index), (learner.num_uniforms + 1,))
             offset = (uniforms[-1] * (pool.shape[0] - learner.num_keep)).astype(jnp.int32)

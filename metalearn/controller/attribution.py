@@ -71,6 +71,7 @@ def attribute_step(setting: Setting, moment: Moment) -> tuple[dict[str, np.ndarr
     ends = np.cumsum([len(descriptors), family, bool(moment.hidden.any()), len(run_columns)])
 
     def step(levels: np.ndarray) -> np.ndarray:
+        """Returns the step for each row of levels, one an input: 0 sets it to its median, 1 leaves it as it was."""
         of_domain, of_family, of_past, of_run, of_group = np.split(levels, ends, axis=-1)
         share = np.ones((len(levels), 1))
         group = np.zeros((len(levels), *moment.group.shape))

@@ -71,6 +71,7 @@ def start_decision(stamp: Stamp, setting: Setting, position: Position, *, own_va
         reason = f"start: base configuration shifted for this domain, at confidence {trust:.2f}"
 
     def explain() -> Explanation:
+        """Explains the start, once somebody asks."""
         return explain_start(
             setting, position=position, base=flat_values(base), trust=trust, expected=decision.improvement
         )
@@ -123,14 +124,17 @@ def step_decision(
     travels = around is not held
 
     def reasons() -> tuple[str, ...]:
+        """Puts the reasons into words, once somebody asks."""
         way = (f"on the way to the start proposed anew, {left} decisions off",) if travels else ()
         told = situation(moment.raw.run, since_best)
         return (*verdict.reasons, *way, *changes(former, in_force), *told, *influences(setting, moment))
 
     def foresee() -> Improvement | None:
+        """Asks the outcome model, once somebody asks."""
         return forecast_improvement(setting, wanted, held, moment)
 
     def explain() -> Explanation:
+        """Explains the decision, once somebody asks."""
         return explain_step(
             setting,
             moment,

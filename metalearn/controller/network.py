@@ -81,6 +81,7 @@ class ControllerNetwork(nn.Module):
     config: ControllerConfig
 
     def setup(self) -> None:
+        """Makes the layers; output layers, gate and embeddings start at zero."""
         zeros = nn.initializers.zeros
         self.encoder = nn.Dense(self.config.code_size)
         self.family = self.param("family", zeros, (1 + len(self.config.families), self.config.code_size))

@@ -168,6 +168,7 @@ class _Tally:
     """of the estimates"""
 
     def metrics(self, runner: RolloutRunner) -> dict[str, float]:
+        """Returns what is logged of one iteration."""
         chunks, returns, scores = zip(*self.ended, strict=True)
         return {
             "inner_steps": float(self.inner_steps),

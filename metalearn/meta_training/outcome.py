@@ -301,7 +301,10 @@ def _programs(config: OutcomeConfig, settings: OutcomeFitConfig, num_descriptors
     def advance(
         params: Any, state: Any, anchor: Any, prior_weight: Any, inputs: Any, outcome: Any, batches: Any, key: Any
     ) -> tuple[Any, Any]:
+        """Takes the optimizer steps of some batches."""
+
         def update(carry: Any, batch: Any) -> tuple[Any, None]:
+            """Takes one optimizer step."""
             params, state = carry
             (index, mask, decision, withheld), key = batch
             picked = inputs[index, decision[..., None]]
@@ -325,6 +328,8 @@ def _programs(config: OutcomeConfig, settings: OutcomeFitConfig, num_descriptors
         rows = jnp.moveaxis(inputs[index], 2, 0)
 
         def of_member(params: Any) -> Any:
+            """Returns one member's loss."""
+
             def at_decision(rows: Any) -> Any:
                 both = jnp.stack([rows, withhold_floor(rows)])
                 terms = block_terms(*apply_member(config, params, both), outcome[index], mask)

@@ -229,6 +229,7 @@ def _fit_kernel(points: Points, target: Any) -> Kernel:
     """Maximises the marginal likelihood times `_PRIOR`."""
 
     def loss_fn(free: Kernel) -> Any:
+        """Returns the negative log posterior of a kernel, without constants."""
         kernel = _positive(free)
         matrix = covariance(kernel, points, points) + jnp.square(kernel.noise) * jnp.eye(len(target))
         lower = jnp.linalg.cholesky(matrix)

@@ -338,6 +338,7 @@ def advance(
     moved = jnp.where(jnp.isfinite(spec.kept), 0.0, 1.0)
 
     def interval(carry: Any, index: Any) -> Any:
+        """Runs one interval and takes the decision after it."""
         state, history, hidden, position, best = carry
         in_force = values(position, config, jnp)
         plan = Plan(num_steps, index * num_steps, run.horizon, spec.single_group, config.decay_to)

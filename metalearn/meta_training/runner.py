@@ -194,6 +194,7 @@ class RolloutRunner:
         params, prior = jax.tree.map(np.asarray, (params, prior))
 
         def on(device: Any) -> Callable[[int], Episode]:
+            """Returns what runs a piece on a device, with what all pieces share already there."""
             local = jax.device_put((params, prior, np.float32(explore), np.bool_(act)), device)
 
             def run_chunk(index: int) -> Episode:
@@ -220,9 +221,11 @@ class RolloutRunner:
         horizon = self.config.num_decisions
 
         def on(device: Any) -> Callable[[int], WindowResult]:
+            """Returns what runs a piece on a device, with what all pieces share already there."""
             local = jax.device_put(prior, device)
 
             def run_window(index: int) -> WindowResult:
+                """Runs one window."""
                 window = windows[index]
                 compiled = self._windows[window.chunk.pool]
                 tasks, profiles, spec, num_steps, params, state = jax.device_put(
@@ -287,6 +290,7 @@ class RolloutRunner:
         results: list[Any] = [None] * len(chunks)
 
         def serve(device: Any) -> None:
+            """Runs pieces on a device until none is left."""
             run_piece = on(device)
             while True:
                 try:

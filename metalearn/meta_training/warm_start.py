@@ -122,6 +122,7 @@ def run_search(
     for index in range(len(runner.pools)):
 
         def search(index: int = index) -> Mapping[str, np.ndarray]:
+            """Runs the search of one pool."""
             chunks, task = _search_chunks(
                 runner,
                 index,
@@ -383,6 +384,7 @@ def fit_start(
 
     @jax.jit
     def update(carry: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        """Takes one optimizer step on a random batch of tasks."""
         params, state = carry
         key_task, key_noise, key_family = jax.random.split(key, 3)
         task = jax.random.randint(key_task, (batch,), 0, len(first))

@@ -129,6 +129,7 @@ def acceptance(*, tolerance: float, max_risk: float) -> Rule:
     """
 
     def accepted(proposal: Proposal) -> tuple[np.ndarray, str | None]:
+        """Lets a change pass unless it is too likely to do harm."""
         if proposal.risk is None or np.array_equal(proposal.proposed, proposal.current):
             return proposal.proposed, None
         risk = proposal.risk(proposal.proposed, tolerance)

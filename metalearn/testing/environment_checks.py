@@ -305,6 +305,7 @@ def runs_in_batches(contract: EnvironmentContract) -> None:
     tasks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *contract.converted_tasks)
 
     def run(arguments: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Runs an episode of one task and seed."""
         task, seed = arguments
 
         def interval(state: Any, index: Any) -> tuple[Any, Any]:

@@ -426,6 +426,7 @@ class Run:
         decisions, rollbacks = len(self.decisions), len(self.rollbacks)
 
         def outcome() -> dict[str, Any]:
+            """Returns what the first process has come to, for all."""
             return {
                 "session": self.session.state_dict(),
                 "drift": None if self.drift is None else self.drift.state_dict(),
