@@ -186,8 +186,8 @@ def outcome_inputs(situation: Situation, config: ControllerConfig, xp: ModuleTyp
         curve[..., None] * pooled(situation.group),
     )
     shape = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
-    wide = [part if part.shape[:-1] == shape else xp.broadcast_to(part, (*shape, part.shape[-1])) for part in parts]
-    return xp.concatenate(wide, axis=-1)
+    zeros = xp.zeros((*shape, 1), dtype)  # to add them takes a fraction of the time of `broadcast_to`
+    return xp.concatenate([part if part.shape[:-1] == shape else part + zeros for part in parts], axis=-1)
 
 
 def _normal_cdf(z: np.ndarray) -> np.ndarray:
@@ -345,7 +345,8 @@ class OutcomeModel:
           inputs: [..., I] from `outcome_inputs`.
           reference: [..., I] for the base, or for going on without a change.
         """
-        both = self.members(np.stack(np.broadcast_arrays(inputs, reference)))
+        pair = (inputs, reference) if inputs.shape == reference.shape else np.broadcast_arrays(inputs, reference)
+        both = self.members(np.stack(pair))
         (mean, other_mean), (own, other_own), (shared, other_shared) = both
         std = np.sqrt(own**2 + other_own**2 + (shared - other_shared) ** 2)
         return self._tempered(mean - other_mean, std, inputs)

@@ -53,7 +53,9 @@ def patch_recbole() -> None:
     - `Trainer.evaluate`, `Trainer.resume_checkpoint` and `load_data_and_model` load with `weights_only=False`, since
       RecBole's checkpoints hold a pickled `Config`: loading one executes what it says, so load only your own. Outside
       of them `torch.load` stays as it is;
-    - missing values are filled in a way that pandas 3 does not ignore.
+    - missing values are filled in a way that pandas 3 does not ignore;
+    - while it processes a table, `Series.agg(len)` is of each element, as before pandas 3: it splits lists of tokens,
+      such as ml-100k's genres, by that.
 
     A second call does nothing.
 
@@ -75,29 +77,47 @@ def patch_recbole() -> None:
     if not hasattr(dok_matrix, "_update"):
         dok_matrix._update = lambda matrix, entries: matrix._dict.update(entries)  # type: ignore[attr-defined]
 
+    from pandas import Series
     from recbole import quick_start  # pyright: ignore[reportAttributeAccessIssue]
     from recbole.data.dataset.dataset import Dataset  # pyright: ignore[reportMissingImports]
+    from recbole.data.dataset.sequential_dataset import SequentialDataset  # pyright: ignore[reportMissingImports]
     from recbole.trainer import Trainer  # pyright: ignore[reportMissingImports]
 
     Dataset._fill_nan = _filled_first(Dataset._fill_nan)
-    Trainer.evaluate = _unpickling(Trainer.evaluate)
-    Trainer.resume_checkpoint = _unpickling(Trainer.resume_checkpoint)
-    quick_start.load_data_and_model = _unpickling(quick_start.load_data_and_model)
+    for owner, name in ((Dataset, "_data_processing"), (SequentialDataset, "_benchmark_presets")):
+        setattr(owner, name, _while(getattr(owner, name), Series, "agg", _of_elements))
+    for owner, name in ((Trainer, "evaluate"), (Trainer, "resume_checkpoint"), (quick_start, "load_data_and_model")):
+        setattr(owner, name, _while(getattr(owner, name), torch, "load", _unpickling))
 
 
-def _unpickling(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function that loads a checkpoint of RecBole's."""
+def _while(function: Callable[..., Any], owner: Any, name: str, replace: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Wraps a function: while it runs, `owner.name` is what `replace` makes of it."""
 
     @wraps(function)
     def wrapper(*arguments: Any, **keywords: Any) -> Any:
-        load = torch.load
-        torch.load = partial(load, weights_only=False)
+        own = getattr(owner, name)
+        setattr(owner, name, replace(own))
         try:
             return function(*arguments, **keywords)
         finally:
-            torch.load = load
+            setattr(owner, name, own)
 
     return wrapper
+
+
+def _unpickling(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes of `torch.load` one that loads RecBole's checkpoints."""
+    return partial(load, weights_only=False)
+
+
+def _of_elements(agg: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes of `Series.agg` one that takes `len` of each element."""
+
+    @wraps(agg)
+    def aggregate(series: Any, function: Any = None, *arguments: Any, **keywords: Any) -> Any:
+        return series.map(len) if function is len else agg(series, function, *arguments, **keywords)
+
+    return aggregate
 
 
 def _filled_first(fill_nan: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -29,6 +29,7 @@ pytest.importorskip("recbole", reason="RecBole is not installed")
 from metalearn.integrations.recbole import FAMILIES, patch_recbole, profile_training_data, steer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # RecBole is of 2023: deprecations by the dozen
+LOADED = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
 MODELS: dict[str, dict[str, Any]] = {
     "BPR": {},
     "SASRec": {"train_neg_sample_args": None, "hidden_size": 8, "inner_size": 8},
@@ -38,12 +39,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "metrics": ["AUC"],
         "valid_metric": "AUC",
         "eval_args": {"split": {"RS": [8, 1, 1]}, "order": "RO", "group_by": "none", "mode": "labeled"},
+        "load_col": {**LOADED, "item": ["item_id", "genres"]},
     },
 }
 
 
 def write_dataset(domain: Domain, folder: Path) -> None:
-    """Write a domain's training interactions as RecBole's atomic file."""
+    """Write a domain's training interactions, and genres of its items, as RecBole's atomic files."""
     rows = domain.train
     path = folder / "small" / "small.inter"
     path.parent.mkdir(exist_ok=True)
@@ -51,6 +53,8 @@ def write_dataset(domain: Domain, folder: Path) -> None:
         f"{user}\t{item}\t{1 + index % 5}\t{index}"
         for index, (user, item) in enumerate(zip(rows.user, rows.item, strict=True))
     ]
+    items = [f"{item}\t{' '.join('abc'[: 1 + item % 3])}" for item in sorted(set(rows.item.tolist()))]
+    path.with_suffix(".item").write_text("item_id:token\tgenres:token_seq\n" + "\n".join(items), encoding="utf8")
     path.write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + "\n".join(lines), encoding="utf8")
 
 
@@ -76,7 +80,7 @@ def prepared(job: Job, model: str = "BPR") -> SimpleNamespace:
         "train_batch_size": -(-num_rows * 8 // 10 // EPOCH),
         "embedding_size": 8,
         "learner": "adamw",
-        "load_col": {"inter": ["user_id", "item_id", "rating", "timestamp"]},
+        "load_col": LOADED,
         "use_gpu": False,
         "show_progress": False,
         "state": "ERROR",
