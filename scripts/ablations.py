@@ -1,6 +1,6 @@
 """Meta-trains without one part at a time, and measures on held-out tasks what the part was worth.
 
-    python scripts/ablations.py --data DIR      # 9 arms, 3 seeds, about an hour on 2 cores; resumes where it stopped
+    python scripts/ablations.py --data DIR      # 10 arms, 3 seeds, about an hour on 2 cores; resumes where it stopped
     python scripts/ablations.py --quick         # a smoke check on simulated domains, under a minute
 
 DIR is as for scripts/meta_train.py: the arms learn from slices of its "meta-training" domains and from simulated
@@ -46,6 +46,7 @@ from metalearn.controller.observation import DESCRIPTORS, PROFILE_DESCRIPTORS, N
 from metalearn.errors import MetalearnError
 from metalearn.meta_training import warm_start
 from metalearn.meta_training.config import MetaTrainConfig
+from metalearn.meta_training.curriculum import Curriculum
 from metalearn.meta_training.loop import iteration_chunks, validation_chunks
 from metalearn.meta_training.ppo import PPO
 from metalearn.meta_training.rollout import PolicyParams, Prior
@@ -74,6 +75,7 @@ class Arm:
     augmentation: bool = True
     gate: bool = True
     group_actions: bool = True
+    curriculum: bool = True
 
 
 FULL_RECIPE = "full"
@@ -81,7 +83,7 @@ ARMS = {FULL_RECIPE: Arm(), **{f"no_{part}": Arm(**{part: False}) for part in Ar
 
 
 NUM_ITERATIONS = 24
-"""Of each arm: nine of them are to fit into an hour."""
+"""Of each arm: ten of them are to fit into an hour."""
 QUICK_ARMS = (FULL_RECIPE, "no_live_signals", "no_prior")
 
 
@@ -163,11 +165,13 @@ def measure(arm: Arm, size: Size, pools: tuple[TaskPool, TaskPool], seed: int) -
     runner, held_out = RolloutRunner([taken(pools[0], arm)], config), RolloutRunner(pools[1:], config)
     estimator = PPO(config, settings.ppo)
     params, prior = prepare(arm, settings, runner, with_gate(estimator.init(key=jax.random.key(seed)), arm))
-    state = estimator.start(runner, params, prior, [])
+    settings = settings if arm.curriculum else replace(settings, progress_share=0.0)
+    state, curriculum = estimator.start(runner, params, prior, []), Curriculum()
     for iteration in range(settings.num_iterations):
-        chunks = iteration_chunks(settings, runner, iteration)
+        chunks = iteration_chunks(settings, runner, iteration, curriculum)
         key = jax.random.fold_in(jax.random.key(seed + 1), iteration)
-        params, state, _ = estimator.step(runner, params, state, prior, chunks, key=key)
+        params, state, _, ended = estimator.step(runner, params, state, prior, chunks, key=key)
+        curriculum.observe(runner, ended)
     scores = []
     for told in (True, False):
         chunks = validation_chunks(settings, held_out, horizon_told=told)

@@ -110,7 +110,8 @@ def compare(size: Size, pools: tuple[TaskPool, TaskPool], folder: Path) -> dict[
                 if (folder / f"{ESTIMATORS[0]}-{seed}" / file).exists():
                     shutil.copy(folder / f"{ESTIMATORS[0]}-{seed}" / file, directory)
             settings = replace(size.settings, seed=seed, patience=size.settings.num_iterations)
-            settings = replace(settings, es=ESConfig() if name == "es" else None)
+            # Both are to see the same groups, so none are drawn by what an estimator has learnt.
+            settings = replace(settings, es=ESConfig() if name == "es" else None, progress_share=0.0)
             curve = run(settings, pools, directory)
             curves[name].append(curve)
             print(

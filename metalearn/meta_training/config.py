@@ -35,6 +35,8 @@ class MetaTrainConfig:
       family_told_share: share of episodes whose model family it knows.
       single_group_share: share of episodes with all parameters in one group.
       wrong_horizon_share: share of the horizons told that are wrong, by up to a factor of two.
+      progress_share: share of groups that are drawn by learning progress (`metalearn.meta_training.curriculum`); the
+        others let domains take turns. 0 is no curriculum.
       kept_share: share of episodes in which the loop keeps a hyperparameter to itself, at the optimizer's own value; of
         each but the learning rate.
       validate_every: iterations between evaluations on the validation pools.
@@ -59,6 +61,7 @@ class MetaTrainConfig:
     family_told_share: float = 0.85
     single_group_share: float = 0.3
     wrong_horizon_share: float = 0.15
+    progress_share: float = 0.5
     kept_share: float = 0.1
     validate_every: int = 10
     validation_episodes: int = 16
@@ -72,6 +75,8 @@ class MetaTrainConfig:
         for name in ("num_iterations", "validate_every", "validation_episodes", "patience", "outcome_rounds"):
             if getattr(self, name) < 1:
                 raise InvalidArgumentError(f"`{name}` must be a positive int, got {getattr(self, name)}")
+        if not 0.0 <= self.progress_share <= 1.0:
+            raise InvalidArgumentError(f"`progress_share` must be between 0 and 1, got {self.progress_share}")
         if not 0.0 < self.epochs_range[0] <= self.epochs_range[1] < np.inf:
             raise InvalidArgumentError(f"`epochs_range` must be low and high, both above 0, got {self.epochs_range}")
         if self.es is None and sum(self.groups_per_pool) % self.ppo.num_minibatches:

@@ -42,7 +42,15 @@ from metalearn.errors import InvalidArgumentError
 from metalearn.meta_training import ppo
 from metalearn.meta_training.environment import Status
 from metalearn.meta_training.rollout import EpisodeSpec, PolicyParams, Prior, RolloutState
-from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, Window, WindowResult, returns_by_pool
+from metalearn.meta_training.runner import (
+    CHUNK,
+    Chunk,
+    Ended,
+    RolloutRunner,
+    Window,
+    WindowResult,
+    returns_by_pool,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +166,9 @@ class _Tally:
 
     inner_steps: int = 0
     rollout_seconds: float = 0.0
-    ended: list[tuple[Chunk, np.ndarray, np.ndarray]] = field(default_factory=list)
-    """groups whose episodes are over, with return and score [N]"""
+    ended: list[Ended] = field(default_factory=list)
+    scores: list[np.ndarray] = field(default_factory=list)
+    """[N] of the groups that ended"""
     spread: list[np.ndarray] = field(default_factory=list)
     """[J] distance of a pair's returns so far"""
     lost: list[np.ndarray] = field(default_factory=list)
@@ -169,15 +178,14 @@ class _Tally:
 
     def metrics(self, runner: RolloutRunner) -> dict[str, float]:
         """Returns what is logged of one iteration."""
-        chunks, returns, scores = zip(*self.ended, strict=True)
         return {
             "inner_steps": float(self.inner_steps),
-            "return": float(np.mean(returns)),
-            "score": float(np.mean(scores)),
+            "return": float(np.mean([group.returns for group in self.ended])),
+            "score": float(np.mean(self.scores)),
             "pair_spread": float(np.mean(self.spread)),
             "lost": float(np.mean(self.lost)),
             "gradient_norm": float(np.mean(self.norm)),
-            **returns_by_pool(runner, chunks, np.stack(returns)),
+            **returns_by_pool(runner, self.ended),
         }
 
 
@@ -246,7 +254,7 @@ class EvolutionStrategies:
         *,
         key: jax.Array,
         label: str | None = None,
-    ) -> tuple[PolicyParams, ESState, dict[str, float]]:
+    ) -> tuple[PolicyParams, ESState, dict[str, float], list[Ended]]:
         """Runs as many windows as an episode has, and updates the policy after each; every group starts one episode."""
         began, tally = monotonic(), _Tally()
         for index in range(self._num_windows):
@@ -271,7 +279,7 @@ class EvolutionStrategies:
             "rollout_seconds": tally.rollout_seconds,
             "update_seconds": monotonic() - began - tally.rollout_seconds,
         }
-        return params, state, {**seconds, **tally.metrics(runner)}
+        return params, state, {**seconds, **tally.metrics(runner)}, tally.ended
 
     def _windows(self, params: PolicyParams, state: ESState, noise: Any, chunks: Sequence[Chunk]) -> dict[int, Window]:
         """Makes the next window of every group that does not wait."""
@@ -303,7 +311,8 @@ class EvolutionStrategies:
             fitness[group] = shaped(returns[group], result.status, self._settings.fitness)
             if decision[group] >= self._config.num_decisions:
                 decision[group] = 0
-                tally.ended.append((window.chunk, returns[group], result.score))
+                tally.ended.append(Ended(window.chunk, returns[group]))
+                tally.scores.append(result.score)
             tally.inner_steps += CHUNK * window.num_decisions * window.chunk.num_steps
             tally.spread.append(np.abs(returns[group, 0::2] - returns[group, 1::2]))
             tally.lost.append(result.status != Status.RUNNING)

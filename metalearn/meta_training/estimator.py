@@ -14,7 +14,7 @@ from metalearn.controller.config import ControllerConfig
 from metalearn.meta_training.es import ESConfig, EvolutionStrategies
 from metalearn.meta_training.ppo import PPO, PPOConfig
 from metalearn.meta_training.rollout import PolicyParams, Prior
-from metalearn.meta_training.runner import Chunk, RolloutRunner
+from metalearn.meta_training.runner import Chunk, Ended, RolloutRunner
 
 
 class Estimator(Protocol):
@@ -42,7 +42,7 @@ class Estimator(Protocol):
         *,
         key: jax.Array,
         label: str | None = None,
-    ) -> tuple[PolicyParams, Any, dict[str, Any]]:
+    ) -> tuple[PolicyParams, Any, dict[str, Any], list[Ended]]:
         """Runs one iteration's episodes and updates the policy.
 
         Args:
@@ -52,8 +52,9 @@ class Estimator(Protocol):
           label: of a progress bar; None shows none.
 
         Returns:
-          Parameters, state, and figures for the log: at least `return`, `score`, `inner_steps` (optimizer steps that
-          the episodes took), `rollout_seconds` and `update_seconds`. Lists are histograms of values from -1 to 1.
+          Parameters, state, figures for the log, and the groups that ended. Figures are at least `return`, `score`,
+          `inner_steps` (optimizer steps that the episodes took), `rollout_seconds` and `update_seconds`; lists are
+          histograms of values from -1 to 1.
         """
         ...
 

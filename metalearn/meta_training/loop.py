@@ -21,6 +21,7 @@ from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.errors import SessionError
 from metalearn.meta_training import warm_start
 from metalearn.meta_training.config import KNOWN, MetaTrainConfig
+from metalearn.meta_training.curriculum import Curriculum, Pick
 from metalearn.meta_training.estimator import Estimator, make_estimator
 from metalearn.meta_training.outcome import fit_outcome
 from metalearn.meta_training.outcome_rows import episode_domains
@@ -53,6 +54,7 @@ class MetaTrainState:
     best_validation: float
     best_log: dict[str, float]
     stale: int
+    curriculum: Curriculum
     validated: int
     """iteration of the last evaluation, -1 before the first"""
 
@@ -63,40 +65,50 @@ def _draw_steps(
     return warm_start.draw_steps(config.epochs_range, config.steps_range[pool], runner, pool, tasks, rng)
 
 
-def iteration_chunks(config: MetaTrainConfig, runner: RolloutRunner, iteration: int) -> list[Chunk]:
-    """Draws the groups of one iteration; a pure function of config, pools and iteration."""
-    rng = np.random.default_rng([config.seed, 1, iteration])
-    shipped = np.array([hyperparameter.encode(hyperparameter.default) for hyperparameter in runner.config.space])
+def iteration_chunks(
+    config: MetaTrainConfig, runner: RolloutRunner, iteration: int, curriculum: Curriculum | None = None
+) -> list[Chunk]:
+    """Draws the groups of one iteration; a pure function of config, pools, iteration and curriculum.
+
+    Args:
+      curriculum: what is known of learning progress; None knows nothing.
+    """
+    rng, known = np.random.default_rng([config.seed, 1, iteration]), curriculum or Curriculum()
     chunks = []
     for index, pool in enumerate(runner.pools):
-        for task in warm_start.balanced_tasks(pool.names, config.groups_per_pool[index], rng):
-            steps = _draw_steps(config, runner, index, [task], rng)
-            initialization, exploration = int(rng.integers(2**31)), rng.integers(2**31, size=CHUNK)
-            told, family_told, single_group, wrong = rng.random(4) < (
-                config.told_share,
-                config.family_told_share,
-                config.single_group_share,
-                config.wrong_horizon_share,
-            )
-            factor = 2.0 ** rng.uniform(-1.0, 1.0)
-            kept = rng.random(len(CONTROLLED)) < config.kept_share
-            kept[CONTROLLED.index("learning_rate")] = False
-            chunks.append(
-                make_chunk(
-                    index,
-                    steps,
-                    task=task,
-                    initialization=initialization,
-                    exploration=exploration,
-                    horizon_told=told,
-                    horizon_factor=factor if wrong else 1.0,
-                    family_told=family_told,
-                    single_group=single_group,
-                    kept=np.where(kept, shipped, np.nan),
-                    num_start=len(CONTROLLED),
-                )
-            )
+        tasks = warm_start.balanced_tasks(pool.names, config.groups_per_pool[index], rng)
+        picks = known.picks(index, pool.names, tasks, share=config.progress_share, rng=rng)
+        chunks += [_draw_group(config, runner, index, pick) for pick in picks]
     return chunks
+
+
+def _draw_group(config: MetaTrainConfig, runner: RolloutRunner, pool: int, pick: Pick) -> Chunk:
+    """Draws what a group's episodes are told and what befalls them; all of it follows from its seed."""
+    rng = np.random.default_rng([config.seed, 5, pick.seed])
+    shipped = np.array([hyperparameter.encode(hyperparameter.default) for hyperparameter in runner.config.space])
+    steps = _draw_steps(config, runner, pool, [pick.task], rng)
+    told, family_told, single_group, wrong = rng.random(4) < (
+        config.told_share,
+        config.family_told_share,
+        config.single_group_share,
+        config.wrong_horizon_share,
+    )
+    factor = 2.0 ** rng.uniform(-1.0, 1.0)
+    kept = rng.random(len(CONTROLLED)) < config.kept_share
+    kept[CONTROLLED.index("learning_rate")] = False
+    return make_chunk(
+        pool,
+        steps,
+        task=pick.task,
+        initialization=pick.seed,
+        exploration=rng.integers(2**31, size=CHUNK),
+        horizon_told=told,
+        horizon_factor=factor if wrong else 1.0,
+        family_told=family_told,
+        single_group=single_group,
+        kept=np.where(kept, shipped, np.nan),
+        num_start=len(CONTROLLED),
+    )
 
 
 def validation_chunks(config: MetaTrainConfig, runner: RolloutRunner, *, horizon_told: bool) -> list[Chunk]:
@@ -215,6 +227,7 @@ def _fresh(
         best_validation=-np.inf,
         best_log={},
         stale=0,
+        curriculum=Curriculum(),
         validated=-1,
     )
 
@@ -319,12 +332,13 @@ def _iterate(
     config: MetaTrainConfig, estimator: Estimator, runner: RolloutRunner, state: MetaTrainState, log: Log
 ) -> None:
     """Runs one iteration's groups and updates the policy."""
-    chunks = iteration_chunks(config, runner, state.iteration)
+    chunks = iteration_chunks(config, runner, state.iteration, state.curriculum)
     key = jax.random.fold_in(jax.random.key(config.seed + 1), state.iteration)
     label = f"iteration {state.iteration}"
-    state.params, state.optimizer_state, metrics = estimator.step(
+    state.params, state.optimizer_state, metrics, ended = estimator.step(
         runner, state.params, state.optimizer_state, state.prior, chunks, key=key, label=label
     )
+    state.curriculum.observe(runner, ended)
     state.iteration += 1
     log(
         {
@@ -332,6 +346,7 @@ def _iterate(
             "iteration": state.iteration,
             "episodes": state.iteration * CHUNK * len(chunks),
             **_gates(state.params),
+            **({"progress": float(np.mean([*progress.values()]))} if (progress := state.curriculum.progress) else {}),
             **metrics,
         }
     )

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from metalearn.errors import SessionError
+from metalearn.meta_training.curriculum import Curriculum
 
 if TYPE_CHECKING:
     from metalearn.meta_training.loop import MetaTrainState
@@ -56,6 +57,7 @@ class Persistence:
         """Writes the state of an iteration, which is to be written again once it has been evaluated."""
         arrays = {name: getattr(state, name) for name in _ARRAYS}
         scalars = {name: getattr(state, name) for name in _SCALARS}
+        scalars["curriculum"] = state.curriculum.as_dict()
         if scalars["best_validation"] == float("-inf"):
             scalars["best_validation"] = None
         self._manager.save(
@@ -76,6 +78,7 @@ class Persistence:
         )
         for name, value in {**restored["arrays"], **restored["scalars"]}.items():
             setattr(state, name, value)
+        state.curriculum = Curriculum.from_dict(restored["scalars"]["curriculum"])
         if state.best_validation is None:
             state.best_validation = float("-inf")
         return state

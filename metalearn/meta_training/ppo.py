@@ -24,7 +24,7 @@ from flax import linen as nn
 from metalearn.controller import network
 from metalearn.controller.config import CONTROLLED, GLOBAL_CONTROLLED, GROUP_CONTROLLED, ControllerConfig
 from metalearn.meta_training.rollout import Episode, PolicyParams, Prior, observe
-from metalearn.meta_training.runner import CHUNK, Chunk, RolloutRunner, concatenate, returns_by_pool
+from metalearn.meta_training.runner import CHUNK, Chunk, Ended, RolloutRunner, concatenate, returns_by_pool
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES, SignalFeatures, percentile_scale
 
 
@@ -289,13 +289,14 @@ class PPO:
         *,
         key: jax.Array,
         label: str | None = None,
-    ) -> tuple[PolicyParams, Any, dict[str, Any]]:
+    ) -> tuple[PolicyParams, Any, dict[str, Any], list[Ended]]:
         """Rolls out every group with action noise, and updates policy and critic."""
         began = monotonic()
         episodes = concatenate(runner.run(chunks, params, prior, explore=1.0, label=label))
         rolled = monotonic()
         update = make_update(self._config, self._settings)
         params, state, metrics = update(params, state, prior, episodes, key)
+        ended = list(map(Ended, chunks, episodes.reward.sum(1).reshape(-1, CHUNK)))
         record = {
             "rollout_seconds": rolled - began,
             "update_seconds": monotonic() - rolled,
@@ -304,9 +305,9 @@ class PPO:
             **{name: float(value) for name, value in metrics.items()},
             "log_std": float(np.mean(params.log_std)),
             **action_histograms(episodes),
-            **returns_by_pool(runner, chunks, episodes.reward.sum(1).reshape(-1, CHUNK)),
+            **returns_by_pool(runner, ended),
         }
-        return params, state, record
+        return params, state, record, ended
 
 
 def action_histograms(episodes: Episode) -> dict[str, list[int]]:

@@ -72,6 +72,14 @@ class Chunk:
     num_steps: int
 
 
+class Ended(NamedTuple):
+    """A group of episodes that are over."""
+
+    chunk: Chunk
+    returns: np.ndarray
+    """[CHUNK], undiscounted"""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Window:
     """Some consecutive decisions of a chunk's episodes, on mean actions, each episode under a policy of its own.
@@ -402,15 +410,11 @@ def relative_scores(episodes: Episode) -> np.ndarray:
     return np.asarray(normalized(jnp.asarray(score), jnp.asarray(episodes.floor)))
 
 
-def returns_by_pool(runner: RolloutRunner, chunks: Sequence[Chunk], returns: np.ndarray) -> dict[str, float]:
-    """Returns the mean return by pool and by real or simulated, for the log.
-
-    Args:
-      returns: [chunks, CHUNK].
-    """
+def returns_by_pool(runner: RolloutRunner, groups: Sequence[Ended]) -> dict[str, float]:
+    """Returns the mean return by pool and by real or simulated, for the log."""
     kinds: dict[str, list[float]] = {}
-    for value, chunk in zip(returns.mean(1), chunks, strict=True):
+    for chunk, returns in groups:
         pool = runner.pools[chunk.pool]
         kind = "simulated" if pool.names[int(chunk.spec.task[0])] == "simulated" else "real"
-        kinds.setdefault(f"return/{kind}/{pool.label}", []).append(float(value))
+        kinds.setdefault(f"return/{kind}/{pool.label}", []).append(float(returns.mean()))
     return {name: float(np.mean(values)) for name, values in sorted(kinds.items())}

@@ -277,14 +277,14 @@ def test_every_group_has_windows_of_its_own(
     estimator, state = begun(config, SETTINGS, toy, untrained, prior)  # two windows an episode
     np.testing.assert_array_equal(state.decision, [0, -2, 0])
     keys = [jax.random.key(seed) for seed in (5, 6)]
-    params, first, metrics = estimator.step(toy, untrained, state, prior, groups(0), key=keys[0])
+    params, first, metrics, _ = estimator.step(toy, untrained, state, prior, groups(0), key=keys[0])
     np.testing.assert_array_equal(first.decision, [0, 2, 0])
     noise = [noise_of(key, window, state) for key in keys for window in range(2)]
     np.testing.assert_allclose(first.perturbation[0], noise[0][0] + noise[1][0], atol=1e-6)
     np.testing.assert_allclose(first.perturbation[1], noise[1][1], atol=1e-6)
     # Two groups made four decisions, the one that waited made two.
     assert metrics["inner_steps"] == CHUNK * (4 * 4 + 2 * 7 + 4 * 10)
-    _, second, metrics = estimator.step(toy, params, first, prior, groups(1), key=keys[1])
+    _, second, metrics, _ = estimator.step(toy, params, first, prior, groups(1), key=keys[1])
     np.testing.assert_allclose(second.perturbation[0], noise[2][0] + noise[3][0], atol=1e-6)
     np.testing.assert_allclose(second.perturbation[1], noise[3][1], atol=1e-6)
     np.testing.assert_array_equal(second.spec.initialization[:, 0], [1, 1, 1])
@@ -304,7 +304,7 @@ def test_the_changes_of_an_episode_add_up_to_its_final_rank(
         return update(network, state, perturbation, gain, num_pairs)
 
     monkeypatch.setattr(estimator, "_update", spied)
-    _, after, _ = estimator.step(toy, acting, state, prior, groups(0), key=jax.random.key(0))
+    _, after, _, _ = estimator.step(toy, acting, state, prior, groups(0), key=jax.random.key(0))
     assert not gains[0][1].any()  # it waited
     np.testing.assert_allclose((gains[0] + gains[1])[[0, 2]], after.fitness[[0, 2]], atol=1e-6)
     running = np.zeros_like(after.returns)
@@ -319,7 +319,9 @@ def test_it_learns_what_the_domains_reward(
     both = chunk(task=np.arange(CHUNK) % 2)
     params = untrained
     for iteration in range(60):
-        params, state, _ = estimator.step(toy, params, state, prior, groups(iteration), key=jax.random.key(iteration))
+        params, state, _, _ = estimator.step(
+            toy, params, state, prior, groups(iteration), key=jax.random.key(iteration)
+        )
     (before,), (after,) = (toy.run([both], policy, prior) for policy in (untrained, params))
     low, high = after.values.dropout[:2, -1]
     assert low < before.values.dropout[0, -1] < high
@@ -351,7 +353,7 @@ def test_lost_episodes_do_no_harm(config: ControllerConfig, untrained: PolicyPar
     estimator, state = begun(config, SETTINGS, runner, untrained, prior)
     params, lost = untrained, []
     for iteration in range(2):
-        params, state, metrics = estimator.step(
+        params, state, metrics, _ = estimator.step(
             runner, params, state, prior, groups(iteration), key=jax.random.key(iteration)
         )
         lost.append(metrics["lost"])

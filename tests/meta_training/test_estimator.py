@@ -60,7 +60,7 @@ def test_both_estimators_start_alike_and_log_alike(config: ControllerConfig, pri
     logged = []
     for estimator in estimators:
         state = estimator.start(runner, params[0], prior, chunks())
-        changed, _, metrics = estimator.step(runner, params[0], state, prior, chunks(), key=jax.random.key(0))
+        changed, _, metrics, _ = estimator.step(runner, params[0], state, prior, chunks(), key=jax.random.key(0))
         assert not np.array_equal(changed.network["modifier"]["bias"], params[0].network["modifier"]["bias"])
         logged.append(metrics)
     shared = {"return", "score", "inner_steps", "rollout_seconds", "update_seconds", "return/real/toy"}
