@@ -1,4 +1,4 @@
-"""The curriculum: every second group of a domain repeats the one before it, and what differs is the domain's progress."""
+"""The curriculum: every second group of a domain repeats the one before it; what differs is the domain's progress."""
 
 from __future__ import annotations
 
