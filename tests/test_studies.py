@@ -1,7 +1,9 @@
-"""What scripts/choose_base.py chooses, and when the rules of scripts/compare_rules.py change a rate."""
+"""What choose_base.py and choose_cue.py of scripts choose, and when the rules of compare_rules.py change a rate."""
 
 from __future__ import annotations
 
+import json
+import math
 import sys
 from collections.abc import Iterator
 from importlib import import_module
@@ -9,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from metalearn import load_controller
+from metalearn.controller import load_checkpoint, save_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 LOW, MIDDLE, HIGH = ({"learning_rate": rate, "weight_decay": 0.1, "beta1": 0.9, "dropout": 0.0} for rate in (1, 2, 3))
@@ -55,6 +60,50 @@ def test_recorded_rows_count_for_the_same_domains_and_seeds_only(scripts: Any, t
     path.write_text("[]")
     with pytest.raises(ValueError, match="`--output` is there and no output of this script"):
         read(path, ["a"], 1)
+
+
+def test_the_cue_goes_to_the_families_that_gain_by_it(scripts: Any, tmp_path: Path):
+    script = scripts("choose_cue")
+    families = ("two_tower", "self_attention")
+
+    def runs(family: str, domain: str, without: float, cued: float) -> list[dict[str, Any]]:
+        both = ((False, without), (True, cued))
+        return [
+            {"family": family, "domain": domain, "seed": 0, "cued": c, "validation": v, "test": v, "raised": int(c)}
+            for c, v in both
+        ]
+
+    rows = runs("two_tower", "a", 0.08, 0.0805) + runs("two_tower", "b", 0.08, 0.0799)
+    rows += runs("self_attention", "a", 0.08, 0.09) + runs("self_attention", "b", 0.08, 0.08)
+    rows += runs("click_model", "a", 0.08, 0.09)[:1]  # interrupted: there is nothing to compare yet
+    figures = script.summarise(rows)
+    gain = math.log(0.11 / 0.10) / 2
+    assert figures["self_attention_validation"] == pytest.approx(gain, abs=1e-4)
+    assert figures["self_attention_test_worst"] == 0.0
+    assert figures["self_attention_validation_low"] < 0.0 < figures["self_attention_validation_high"]
+    assert figures["self_attention_domains"] == figures["self_attention_acted_on"] == 2
+    assert "click_model_domains" not in figures
+    path = save_checkpoint(load_controller().checkpoint, tmp_path / "controller.safetensors")
+    assert script.save_into(path, figures, families, ["a", "b"]) == ["self_attention"]
+    after = load_checkpoint(path)
+    assert after.config.cued == ("self_attention",)
+    assert after.provenance["cued"]["domains"] == ["a", "b"]
+    card = path.with_name("README.md").read_text()
+    assert "self_attention are not left at their base" in card
+    assert f"{gain:+.3f} for self_attention" in card
+
+
+def test_runs_of_another_base_are_refused(scripts: Any, tmp_path: Path):
+    script, path = scripts("choose_cue"), tmp_path / "cue.json"
+    assert script.read_recorded(path) == []
+    path.write_text(json.dumps({"runs": [{"family": "one"}], "bases": script.shipped_bases()}))
+    assert script.read_recorded(path) == [{"family": "one"}]
+    path.write_text(json.dumps({"runs": [], "bases": {"other": [0.0] * 4}}))
+    with pytest.raises(ValueError, match="is of a controller with other bases; pass another path"):
+        script.read_recorded(path)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="`--output` is there and no output of this script"):
+        script.read_recorded(path)
 
 
 def test_a_plateau_cuts_the_rate_three_times_at_most(scripts: Any):

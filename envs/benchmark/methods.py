@@ -131,27 +131,29 @@ class Controllers:
 
     @cached_property
     def untrained(self) -> Controller:
-        """The same without what it has learnt: output layers are zero, as they start, so that it keeps to its base."""
+        """The same without what it has learnt, so that it keeps to its base: output layers are zero, as they start, and
+        no family goes by a cue."""
         checkpoint = self.trained.checkpoint
         heads = ("modifier/", "group_head/", "run_head/")
         network = {
             name: np.zeros_like(tensor) if name.startswith(heads) else tensor
             for name, tensor in checkpoint.network.items()
         }
-        return Controller(replace(checkpoint, network=network))
+        return Controller(replace(checkpoint, config=replace(checkpoint.config, cued=()), network=network))
 
     def of(self, method: str) -> Controller:
         """Returns the controller that steers a method."""
         return self.trained if STEERED[method].trained else self.untrained
 
     def fingerprint(self, method: str, family: str) -> str:
-        """Returns a fingerprint of what may steer a method on a family: without the bases that other families have."""
+        """Returns a fingerprint of what may steer a method on a family: without bases and cues that others have."""
         checkpoint = self.of(method).checkpoint
+        cued = tuple(name for name in checkpoint.config.cued if name == family)
         told = checkpoint.config.family_index(checkpoint.config.known_family(family))
         base = np.zeros_like(checkpoint.base)
         for row in (told, checkpoint.config.family_index(None)):
             base[row] = checkpoint.base[row]
-        return fingerprint(replace(checkpoint, base=base))
+        return fingerprint(replace(checkpoint, config=replace(checkpoint.config, cued=cued), base=base))
 
 
 def sampled_configurations(replicate: int, family: str) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from metalearn.signals import FEATURE_SCHEMA_VERSION, GLOBAL_FEATURES, GROUP_FEA
 from metalearn.signals.normalizer import NUM_KNOTS
 from metalearn.spaces import HyperparameterSpace
 
-FORMAT_VERSION = "3"
+FORMAT_VERSION = "4"
 HEADER_KEYS = ("format_version", "feature_schema", "space", "config", "package_version", "provenance", "sha256")
 MAX_BYTES = 256 * 2**20
 """A controller is well under a megabyte; a file larger than this is something else."""
@@ -226,6 +226,12 @@ def _from_format_2(path: Path, header: Mapping[str, str]) -> dict[str, str]:
     return {**header, "format_version": "3", "config": json.dumps(config)}
 
 
+def _from_format_3(path: Path, header: Mapping[str, str]) -> dict[str, str]:
+    """Migrates the header of a checkpoint none of whose families goes by a cue."""
+    config = {**_json_object(path, header, "config"), "cued": []}
+    return {**header, "format_version": "4", "config": json.dumps(config)}
+
+
 def _check_tensors(path: Path, tensors: Mapping[str, np.ndarray], config: ControllerConfig) -> None:
     """Refuses tensors that are not those of the architecture, or not finite."""
     hidden, code, start = config.hidden_size, config.code_size, len(CONTROLLED)
@@ -281,6 +287,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         tensors, header = _from_format_1(path, tensors, header)
     if header["format_version"] == "2":
         header = _from_format_2(path, header)
+    if header["format_version"] == "3":
+        header = _from_format_3(path, header)
     if header["format_version"] != FORMAT_VERSION:
         raise SchemaMismatchError(
             f"{path} has format version {header['format_version']}, this metalearn reads {FORMAT_VERSION}; "

@@ -69,7 +69,9 @@ class ControllerConfig:
       decay_to: share of the learning rate that is left at a known horizon. Runs of few epochs over whole domains lose
         by the last part of a full decay: they learn too little in it, and their weights, whose decay goes with the
         rate, shrink too little.
-      at_rest: those of them for which the base is all there is: the policy was not trained on them, or did no good.
+      at_rest: those of them on which the policy does not act: it was not trained on them, or did no good.
+      cued: those at rest whose learning rate goes by a cue (`metalearn.controller.cues`); of the others the base is all
+        there is.
       reach: per controlled hyperparameter.
     """
 
@@ -80,6 +82,7 @@ class ControllerConfig:
     descriptors: tuple[str, ...]
     families: tuple[str, ...] = ()
     at_rest: tuple[str, ...] = ()
+    cued: tuple[str, ...] = ()
     reach: tuple[Reach, ...] = tuple(DEFAULT_REACH[name] for name in CONTROLLED)
 
     def __post_init__(self) -> None:
@@ -94,6 +97,8 @@ class ControllerConfig:
             raise InvalidArgumentError(f"`families` must not have {OTHER!r}, which stands for any that is not in them")
         if not set(self.at_rest) <= set(self.families):
             raise InvalidArgumentError(f"`at_rest` must be among the families {self.families}, got {self.at_rest}")
+        if not set(self.cued) <= set(self.at_rest):
+            raise InvalidArgumentError(f"`cued` must be among those at rest, {self.at_rest}, got {self.cued}")
         if len(self.reach) != len(CONTROLLED):
             raise InvalidArgumentError(f"`reach` must have one entry for each of {CONTROLLED}, got {len(self.reach)}")
 
@@ -151,6 +156,7 @@ class ControllerConfig:
             content["descriptors"] = tuple(content["descriptors"])
             content["families"] = tuple(content["families"])
             content["at_rest"] = tuple(content["at_rest"])
+            content["cued"] = tuple(content["cued"])
             content["reach"] = tuple(Reach(**reach) for reach in content["reach"])
             return cls(**content)
         except (TypeError, ValueError) as error:

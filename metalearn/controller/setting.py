@@ -16,6 +16,7 @@ import numpy as np
 
 from metalearn.controller.actions import Position, confidence, start_position
 from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, ROLES, ControllerConfig
+from metalearn.controller.cues import CuePolicy
 from metalearn.controller.observation import Normalizer, budget_descriptors, profile_descriptors
 from metalearn.controller.outcome import OutcomeModel
 from metalearn.controller.runtime import NumpyNetwork
@@ -80,14 +81,24 @@ class Setting:
         return flat(*self.bound)
 
     @property
+    def cued(self) -> bool:
+        """Whether the learning rate goes by a cue, and the rest is the base."""
+        return self.config.rows[self.family] in self.config.cued
+
+    @property
     def at_rest(self) -> bool:
         """Whether the controller has nothing but the base for models of this family."""
-        return self.family > 0 and self.config.families[self.family - 1] in self.config.at_rest
+        return self.config.rows[self.family] in self.config.at_rest and not self.cued
 
     @property
     def confidence(self) -> float:
-        """Share of its reach that the controller may use here: 1 in the meta-training range, 0 far outside."""
-        return 0.0 if self.at_rest else float(confidence(out_of_range(self.descriptors, np), np))
+        """Share of its reach that the controller may use here: 1 in the meta-training range, 0 far outside.
+
+        A cue is of the run and not of the domain: what goes by one has all of its reach everywhere.
+        """
+        if self.at_rest or self.cued:
+            return float(self.cued)
+        return float(confidence(out_of_range(self.descriptors, np), np))
 
     @cached_property
     def names(self) -> tuple[list[list[str]], list[str]]:
@@ -150,8 +161,9 @@ def make_setting(
     )
     descriptors = describe(normalizer, profile, horizon=horizon, batch_size=batch_size)
     kept = withheld if withheld is not None else [()] * len(roles)
+    cued = config.rows[row] in config.cued
     return Setting(
-        network=controller.network,
+        network=CuePolicy(controller.checkpoint.network, normalizer.run) if cued else controller.network,
         outcome=controller.outcome,
         config=config,
         descriptors=descriptors,

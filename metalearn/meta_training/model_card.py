@@ -70,6 +70,14 @@ The policy is at rest for {", ".join(config.at_rest)}: for those of them that it
 than the base on validation domains. Their bases were chosen by runs on whole domains (`scripts/choose_base.py`; where
 they are given in `bases.json` beside this, on which).
 """
+    cued = provenance.get("cued")
+    if cued is not None and config.cued:
+        at_rest += f"""
+Of those, {", ".join(config.cued)} are not left at their base: while the validation metric rises by much, the learning
+rate is raised, up to three times (`metalearn.controller.cues`); measured on {len(cued["domains"])} whole domains
+(`scripts/choose_cue.py`): {", ".join(f"{gain:+.3f} for {family}" for family, gain in cued["gains"].items())} in
+log(NDCG@10 + 0.02).
+"""
     released = provenance.get("tempered")
     tempered = (
         ""

@@ -98,6 +98,24 @@ def tempered(checkpoint: Checkpoint, *, decay_to: float, policy_share: float, **
     )
 
 
+def with_cues(checkpoint: Checkpoint, families: Sequence[str], **provenance: Any) -> Checkpoint:
+    """Returns a released checkpoint in which some families at rest go by the cue, and no others.
+
+    Args:
+      checkpoint: as it is.
+      families: those; see `metalearn.controller.cues`.
+      provenance: on what grounds; kept in the checkpoint.
+
+    Raises:
+      InvalidArgumentError: one of the families is not at rest.
+    """
+    return replace(
+        checkpoint,
+        config=replace(checkpoint.config, cued=tuple(families)),
+        provenance={**checkpoint.provenance, "cued": {"families": list(families), **provenance}},
+    )
+
+
 def with_harmed_at_rest(controller: ControllerConfig, validation: dict[str, float]) -> ControllerConfig:
     """Puts at rest the families that did worse than their base on validation domains.
 

@@ -124,10 +124,10 @@ def test_memory_layout_does_not_matter(tmp_path: Path):
         np.testing.assert_array_equal(loaded.network[name], value, err_msg=name)
 
 
-def test_header_of_version_2_is_pinned(written: Path):
+def test_header_is_pinned(written: Path):
     tensors, header = contents(written)
     assert set(header) == set(HEADER_KEYS)
-    assert header["format_version"] == FORMAT_VERSION == "3"
+    assert header["format_version"] == FORMAT_VERSION == "4"
     assert header["package_version"] == metalearn.__version__
     assert header["sha256"] == digest(tensors, header)
     assert {name.partition("/")[0] for name in tensors} == {"network", "prior", "normalizer"}
@@ -272,8 +272,8 @@ def test_huge_files_are_refused_unread(tmp_path: Path):
 
 
 def test_another_format_version_is_named(path: Path):
-    rewrite(path, format_version="4", package_version="9.9")
-    with pytest.raises(SchemaMismatchError, match=r"format version 4, this metalearn reads 3; use metalearn 9\.9"):
+    rewrite(path, format_version="5", package_version="9.9")
+    with pytest.raises(SchemaMismatchError, match=r"format version 5, this metalearn reads 4; use metalearn 9\.9"):
         load_checkpoint(path)
 
 

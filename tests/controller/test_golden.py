@@ -46,7 +46,7 @@ def test_format_1_has_one_base_for_every_model():
             np.testing.assert_array_equal(checkpoint.network[name.removeprefix("network/")], tensor)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_it_decides_what_it_decided(version: int):
     decided, recorded = decide(load_controller(golden_checkpoint(version))), recorded_decisions(version)
     assert decided.keys() == recorded.keys()
@@ -75,7 +75,7 @@ def test_the_rate_of_formats_1_and_2_decays_to_nothing():
     assert controller.config.decay_to == 0.0
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_an_old_format_written_again_is_the_current_one(tmp_path: Path, version: int):
     checkpoint = load_checkpoint(golden_checkpoint(version))
     again = load_checkpoint(save_checkpoint(checkpoint, tmp_path / "controller.safetensors"))

@@ -31,6 +31,7 @@ from metalearn import Controller
 from metalearn.controller.actions import schedule_multiplier
 from metalearn.controller.config import CONTROLLED
 from metalearn.errors import InvalidArgumentError
+from metalearn.meta_training.release import with_cues
 from metalearn.meta_training.warm_start import SEARCH_BOX
 from metalearn.torch import MetaScheduler
 from metalearn.trials import TrialStatus
@@ -265,6 +266,17 @@ def test_a_fingerprint_is_of_what_a_family_is_given(controllers: Controllers):
         assert changed.fingerprint(method, trained) == controllers.fingerprint(method, trained)
         assert changed.fingerprint(method, others[0]) != controllers.fingerprint(method, others[0])
     assert controllers.fingerprint("controller", trained) != controllers.fingerprint("base", trained)
+
+
+def test_the_cue_of_a_family_is_in_its_fingerprint_and_not_in_its_base(controllers: Controllers):
+    checkpoint = controllers.trained.checkpoint
+    cued, other = checkpoint.config.at_rest[:2]
+    changed, plain = Controllers(), Controllers()
+    changed.trained, plain.trained = (Controller(with_cues(checkpoint, families)) for families in ([cued], []))
+    assert changed.fingerprint("controller", cued) != plain.fingerprint("controller", cued)
+    for method, family in (("base", cued), ("controller", other), ("base", other)):
+        assert changed.fingerprint(method, family) == plain.fingerprint(method, family)
+    assert changed.untrained.config.cued == ()
 
 
 def test_tasks_are_named_by_their_budget():

@@ -1,0 +1,224 @@
+"""Measures by real PyTorch runs on whole domains for which families at rest the cue is worth having, and sets it.
+
+    python scripts/choose_cue.py --data DIR --models self_attention --only retailrocket_caserec ta_feng
+    python scripts/choose_cue.py --quick         # a smoke check on a simulated domain, under a minute
+
+The learning rate of a family that goes by the cue rises while the validation metric does (`metalearn.controller.cues`).
+Each family is run from its base without and with it, averaged weights evaluated, on domains of DIR, by default those of
+role "meta-training". Reported is the gain in log(NDCG@10 + 0.02) of all validation and of all test users, with 95 %
+intervals of Student's t over domains, and on which domains the cue acted at all: elsewhere both runs are one.
+
+What `--output` already holds is not run again. With `--into`, a checkpoint gets the cue for the families whose mean
+gain on validation users is above `LEAST_GAIN`, and no other. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from scipy import stats
+from tqdm.auto import tqdm
+
+from envs.benchmark.methods import Controllers, start_run
+from envs.benchmark.store import Identity
+from envs.benchmark.tasks import Domains, Task, make_tasks
+from envs.benchmark.trials import record
+from envs.domains import Domain, make_domain
+from envs.public import load_folder
+from envs.recommenders.training import TrainingSettings
+from envs.simulated import SimulatedPrior, simulate
+from metalearn import load_controller
+from metalearn.controller import load_checkpoint, save_checkpoint
+from metalearn.controller.outcome import METRIC_OFFSET
+from metalearn.errors import InvalidArgumentError, MetalearnError
+from provenance import provenance
+from workers import make_pool
+
+CACHE = Path("runs/benchmark/domains")
+LEAST_GAIN = 0.01
+"""In log(NDCG@10 + 0.02): a gain that the noise of some domains would not make."""
+SPLITS = ("validation", "test")
+
+
+class Run(NamedTuple):
+    """NDCG@10 of one run."""
+
+    validation: float
+    test: float
+    raised: int
+    """decisions that raised the rate"""
+
+
+def save_arms(folder: Path, families: Sequence[str]) -> dict[bool, Path]:
+    """Writes the shipped controller without a cue, and with one for some families, which are at rest."""
+    checkpoint = load_controller().checkpoint
+    return {
+        cued: save_checkpoint(
+            replace(checkpoint, config=replace(checkpoint.config, cued=tuple(families) if cued else ())),
+            folder / f"{cued}.safetensors",
+        )
+        for cued in (False, True)
+    }
+
+
+def measure(task: Task, domain: Domain, controllers: Controllers, seed: int) -> Run:
+    """Trains once from the base."""
+    run = start_run("controller", {}, task, domain, controllers, seed=seed)
+    run.advance()
+    trial = record(run, Identity(task.name, "controller", 0, 0, seed), {}, task, domain)
+    found = {measurement.metric: measurement.value for measurement in trial.measurements}
+    rates = [decision.groups[0]["learning_rate"] for decision in run.steering.decisions]  # type: ignore[attr-defined]
+    raised = int(np.sum(np.diff(rates) > 0.0))
+    return Run(found[f"selection_ndcg@{task.settings.k}"], found[f"test_ndcg@{task.settings.k}"], raised)
+
+
+def work(job: tuple[str, str, int, Path, Path]) -> Run:
+    """Measures in a process of its own."""
+    family, name, seed, data, checkpoint = job
+    (task,) = make_tasks([name], [family])
+    return measure(task, Domains(load_folder(data), CACHE)[name], Controllers(checkpoint), seed)
+
+
+def measure_quickly() -> list[dict[str, Any]]:
+    """Returns the rows of two simulated domains."""
+    prior = SimulatedPrior(users=(120, 120), items=(60, 60), history=(12.0, 12.0))
+    settings = TrainingSettings(steps=80, batch_size=32, dim=4, validations=16)
+    family, rows = "two_tower", []
+    with tempfile.TemporaryDirectory(prefix="choose-cue-") as folder:
+        arms = save_arms(Path(folder), [family])
+        for seed in range(2):
+            domain = make_domain(simulate(prior, seed=seed), name=f"simulated-{seed}", split="leave-last-out")
+            task = Task(domain=domain.name, family=family, settings=settings)
+            rows += [
+                {"family": family, "domain": domain.name, "seed": 0, "cued": cued}
+                | measure(task, domain, Controllers(path), 0)._asdict()
+                for cued, path in arms.items()
+            ]
+    return rows
+
+
+def read_recorded(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of an earlier run; none if there is no such file.
+
+    Raises:
+      InvalidArgumentError: the file is of another controller, or none of this script.
+    """
+    if not path.exists():
+        return []
+    try:
+        recorded = json.loads(path.read_text())
+        rows: list[dict[str, Any]] = recorded["runs"]
+        bases = recorded["bases"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(f"`--output` is there and no output of this script: {path} ({error!r})") from error
+    if bases != shipped_bases():
+        raise InvalidArgumentError(f"`--output` {path} is of a controller with other bases; pass another path")
+    return rows
+
+
+def shipped_bases() -> dict[str, list[float]]:
+    """Returns the held bases of the shipped controller by family, in unit ranges."""
+    checkpoint = load_controller().checkpoint
+    return {
+        name: [round(float(unit), 6) for unit in base[0]]
+        for name, base in zip(checkpoint.config.rows, checkpoint.base, strict=True)
+    }
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Returns by family the mean gain of the cue, its interval, and the share of domains on which it acted."""
+    figures: dict[str, float] = {}
+    for family in dict.fromkeys(row["family"] for row in rows):
+        arms: dict[bool, dict[tuple[str, int], dict[str, Any]]] = {False: {}, True: {}}
+        for row in rows:
+            if row["family"] == family:
+                arms[row["cued"]][row["domain"], row["seed"]] = row
+        pairs = [(arms[False][key], arms[True][key]) for key in arms[True] if key in arms[False]]
+        if not pairs:
+            continue
+        domains = list(dict.fromkeys(row["domain"] for row, _ in pairs))
+        for split in SPLITS:
+            gains = np.array([np.log(b[split] + METRIC_OFFSET) - np.log(a[split] + METRIC_OFFSET) for a, b in pairs])
+            means = np.array([gains[[a["domain"] == name for a, _ in pairs]].mean() for name in domains])
+            reach = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means) if len(means) > 1 else float("nan")
+            name = f"{family}_{split}"
+            figures |= {name: means.mean(), f"{name}_low": means.mean() - reach, f"{name}_high": means.mean() + reach}
+            figures[f"{name}_worst"] = means.min()
+        acted = {b["domain"] for _, b in pairs if b["raised"]}
+        figures |= {f"{family}_domains": len(domains), f"{family}_acted_on": len(acted)}
+    return {name: round(float(value), 4) for name, value in figures.items()}
+
+
+def save_into(path: Path, figures: dict[str, float], families: Sequence[str], domains: Sequence[str]) -> list[str]:
+    """Writes the cue of the families that gain by it into a checkpoint, and its card anew; returns them."""
+    from metalearn.meta_training.model_card import write_model_card
+    from metalearn.meta_training.release import with_cues
+
+    chosen = [family for family in families if figures[f"{family}_validation"] > LEAST_GAIN]
+    gains = {family: figures[f"{family}_validation"] for family in chosen}
+    checkpoint = with_cues(load_checkpoint(path), chosen, gains=gains, domains=list(domains))
+    save_checkpoint(checkpoint, path)
+    write_model_card(checkpoint, path.with_name("README.md"))
+    return chosen
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    resting = list(load_controller().config.at_rest)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of domains")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="domains of it, by name")
+    parser.add_argument("--models", nargs="+", choices=resting, default=resting)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread each")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/choose_cue.json"))
+    parser.add_argument("--into", type=Path, help="a checkpoint with these families at rest, to be given the cue")
+    parser.add_argument("--quick", action="store_true", help="a smoke check, nothing is written")
+    arguments = parser.parse_args()
+    if arguments.data is None and not arguments.quick:
+        parser.error("`--data` is needed, a folder of domains; or pass --quick")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.quick:
+        print(json.dumps(summarise(measure_quickly())))
+        return
+    names = arguments.only or sorted(load_folder(arguments.data, role="meta-training"))
+    rows = read_recorded(arguments.output)
+    done = {(row["family"], row["domain"], row["seed"], row["cued"]) for row in rows}
+    wanted = product(arguments.models, names, range(arguments.seeds), (False, True))
+    cells = [cell for cell in wanted if cell not in done]
+    with tempfile.TemporaryDirectory(prefix="choose-cue-") as folder, make_pool(arguments.workers) as pool:
+        arms = save_arms(Path(folder), arguments.models)
+        jobs = [(family, name, seed, arguments.data, arms[cued]) for family, name, seed, cued in cells]
+        for cell, run in zip(cells, tqdm(pool.map(work, jobs), total=len(jobs), mininterval=5.0), strict=True):
+            rows.append({**dict(zip(("family", "domain", "seed", "cued"), cell, strict=True)), **run._asdict()})
+            about = provenance(domains=list(dict.fromkeys(row["domain"] for row in rows)))
+            figures = summarise(rows)
+            content = {"figures": figures, "bases": shipped_bases(), "runs": rows, "provenance": about}
+            arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    figures = summarise(rows)
+    if arguments.into is not None:
+        print(f"goes by the cue: {save_into(arguments.into, figures, arguments.models, names)}")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MetalearnError as error:
+        raise SystemExit(f"error: {error}") from error
