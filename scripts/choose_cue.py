@@ -6,10 +6,10 @@
 The learning rate of a family that goes by the cue rises while the validation metric does (`metalearn.controller.cues`).
 Each family is run from its base without and with it, averaged weights evaluated, on domains of DIR, by default those of
 role "meta-training". Reported is the gain in log(NDCG@10 + 0.02) of all validation and of all test users, with 95 %
-intervals of Student's t over domains, and on which domains the cue acted at all: elsewhere both runs are one.
+intervals of Student's t over domains, and on how many domains the cue acted at all: elsewhere both runs are one.
 
-What `--output` already holds is not run again. With `--into`, a checkpoint gets the cue for the families whose mean
-gain on validation users is above `LEAST_GAIN`, and no other. The last line is JSON.
+What `--output` already holds is not run again. With `--into`, a checkpoint gets the cue for those of the families whose
+mean gain on validation users is above `LEAST_GAIN`, and loses it for the others of them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +42,8 @@ from metalearn import load_controller
 from metalearn.controller import load_checkpoint, save_checkpoint
 from metalearn.controller.outcome import METRIC_OFFSET
 from metalearn.errors import InvalidArgumentError, MetalearnError
+from metalearn.meta_training.model_card import write_model_card
+from metalearn.meta_training.release import with_cues
 from provenance import provenance
 from workers import make_pool
 
@@ -65,10 +66,7 @@ def save_arms(folder: Path, families: Sequence[str]) -> dict[bool, Path]:
     """Writes the shipped controller without a cue, and with one for some families, which are at rest."""
     checkpoint = load_controller().checkpoint
     return {
-        cued: save_checkpoint(
-            replace(checkpoint, config=replace(checkpoint.config, cued=tuple(families) if cued else ())),
-            folder / f"{cued}.safetensors",
-        )
+        cued: save_checkpoint(with_cues(checkpoint, families if cued else ()), folder / f"{cued}.safetensors")
         for cued in (False, True)
     }
 
@@ -161,14 +159,20 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in figures.items()}
 
 
-def save_into(path: Path, figures: dict[str, float], families: Sequence[str], domains: Sequence[str]) -> list[str]:
-    """Writes the cue of the families that gain by it into a checkpoint, and its card anew; returns them."""
-    from metalearn.meta_training.model_card import write_model_card
-    from metalearn.meta_training.release import with_cues
+def save_into(path: Path, figures: dict[str, float], families: Sequence[str]) -> list[str]:
+    """Gives a checkpoint the cue for the families that gain by it, beside those that go by it; writes its card anew.
 
+    Returns:
+      The families that gain.
+    """
+    checkpoint = load_checkpoint(path)
+    before = checkpoint.provenance.get("cued", {})
     chosen = [family for family in families if figures[f"{family}_validation"] > LEAST_GAIN]
-    gains = {family: figures[f"{family}_validation"] for family in chosen}
-    checkpoint = with_cues(load_checkpoint(path), chosen, gains=gains, domains=list(domains))
+    kept = [family for family in checkpoint.config.cued if family not in families]
+    measured = {f: (figures[f"{f}_validation"], int(figures[f"{f}_domains"])) for f in chosen}
+    gains = {f: before["gains"][f] for f in kept} | {f: gain for f, (gain, _) in measured.items()}
+    domains = {f: before["domains"][f] for f in kept} | {f: count for f, (_, count) in measured.items()}
+    checkpoint = with_cues(checkpoint, [*kept, *chosen], gains=gains, domains=domains)
     save_checkpoint(checkpoint, path)
     write_model_card(checkpoint, path.with_name("README.md"))
     return chosen
@@ -213,7 +217,7 @@ def main() -> None:
             arguments.output.write_text(json.dumps(content, indent=1) + "\n")
     figures = summarise(rows)
     if arguments.into is not None:
-        print(f"goes by the cue: {save_into(arguments.into, figures, arguments.models, names)}")
+        print(f"goes by the cue: {save_into(arguments.into, figures, arguments.models)}")
     print(json.dumps(figures))
 
 

@@ -84,13 +84,20 @@ def test_the_cue_goes_to_the_families_that_gain_by_it(scripts: Any, tmp_path: Pa
     assert figures["self_attention_domains"] == figures["self_attention_acted_on"] == 2
     assert "click_model_domains" not in figures
     path = save_checkpoint(load_controller().checkpoint, tmp_path / "controller.safetensors")
-    assert script.save_into(path, figures, families, ["a", "b"]) == ["self_attention"]
+    assert script.save_into(path, figures, families) == ["self_attention"]
     after = load_checkpoint(path)
     assert after.config.cued == ("self_attention",)
-    assert after.provenance["cued"]["domains"] == ["a", "b"]
+    assert after.provenance["cued"]["domains"] == {"self_attention": 2}
     card = path.with_name("README.md").read_text()
     assert "self_attention are not left at their base" in card
-    assert f"{gain:+.3f} for self_attention" in card
+    assert f"{gain:+.3f} for self_attention on 2 of them" in card
+    more = {"click_model_validation": 0.2, "click_model_domains": 3.0}
+    assert script.save_into(path, more, ["click_model"]) == ["click_model"]
+    again = load_checkpoint(path)
+    assert again.config.cued == ("self_attention", "click_model")
+    assert again.provenance["cued"]["gains"].keys() == {"self_attention", "click_model"}
+    assert script.save_into(path, {**more, "click_model_validation": 0.0}, ["click_model"]) == []
+    assert load_checkpoint(path).config.cued == ("self_attention",)
 
 
 def test_runs_of_another_base_are_refused(scripts: Any, tmp_path: Path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from metalearn.controller.checkpoint import Checkpoint
 from metalearn.controller.config import CONTROLLED
@@ -53,6 +55,10 @@ inside theirs, root mean square error beside that of always predicting the train
 """
 
 
+def _cue(measured: Mapping[str, Any], family: str) -> str:
+    return f"{measured['gains'][family]:+.3f} for {family} on {measured['domains'][family]} of them"
+
+
 def write_model_card(checkpoint: Checkpoint, path: Path) -> None:
     """Writes the card beside a checkpoint, from its provenance alone."""
     provenance, config = checkpoint.provenance, checkpoint.config
@@ -74,9 +80,8 @@ they are given in `bases.json` beside this, on which).
     if cued is not None and config.cued:
         at_rest += f"""
 Of those, {", ".join(config.cued)} are not left at their base: while the validation metric rises by much, the learning
-rate is raised, up to three times (`metalearn.controller.cues`); measured on {len(cued["domains"])} whole domains
-(`scripts/choose_cue.py`): {", ".join(f"{gain:+.3f} for {family}" for family, gain in cued["gains"].items())} in
-log(NDCG@10 + 0.02).
+rate is raised, up to three times (`metalearn.controller.cues`); measured on whole domains
+(`scripts/choose_cue.py`), in log(NDCG@10 + 0.02): {", ".join(_cue(cued, family) for family in config.cued)}.
 """
     released = provenance.get("tempered")
     tempered = (

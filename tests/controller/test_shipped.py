@@ -20,6 +20,7 @@ def test_families_at_rest():
     config = load_controller().config
     assert set(config.at_rest) == {*BASES, "two_tower"}  # which validation spoke against
     assert set(config.families) - set(config.at_rest) == {"matrix_factorization"}
+    assert config.cued == ("self_attention",)
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
@@ -31,8 +32,11 @@ def test_a_family_at_rest_keeps_to_its_base(family: str, horizon: str):
     assert {name: values[name] for name in CONTROLLED} == pytest.approx(BASES[family][horizon], rel=1e-4, abs=1e-6)
     assert family in start.reasons[0]
     decisions = [session.tell(make_interval(1)) for _ in range(5)]
-    assert {decision.status for decision in (start, *decisions)} == {"fallback"}
+    cued = family in load_controller().config.cued
+    assert {decision.status for decision in (start, *decisions)} == {"applied" if cued else "fallback"}
     assert all((decision.groups, decision.run) == (start.groups, start.run) for decision in decisions)
+    risen = [session.tell(make_interval(1, validation=0.1 * 1.5**index)) for index in range(5)]
+    assert (risen[-1].groups != start.groups) == cued
 
 
 @pytest.mark.parametrize("horizon", HORIZONS)
