@@ -103,10 +103,10 @@ def test_the_cue_goes_to_the_families_that_gain_by_it(scripts: Any, tmp_path: Pa
 def test_runs_of_another_base_are_refused(scripts: Any, tmp_path: Path):
     script, path = scripts("choose_cue"), tmp_path / "cue.json"
     assert script.read_recorded(path) == []
-    path.write_text(json.dumps({"runs": [{"family": "one"}], "bases": script.shipped_bases()}))
+    path.write_text(json.dumps({"runs": [{"family": "one"}], "controller": script.controller_of_runs()}))
     assert script.read_recorded(path) == [{"family": "one"}]
-    path.write_text(json.dumps({"runs": [], "bases": {"other": [0.0] * 4}}))
-    with pytest.raises(ValueError, match="is of a controller with other bases; pass another path"):
+    path.write_text(json.dumps({"runs": [], "controller": {**script.controller_of_runs(), "above": 0.1}}))
+    with pytest.raises(ValueError, match="is of a controller with other bases or cues; pass another path"):
         script.read_recorded(path)
     path.write_text("[]")
     with pytest.raises(ValueError, match="`--output` is there and no output of this script"):

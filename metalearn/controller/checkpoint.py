@@ -228,7 +228,7 @@ def _from_format_2(path: Path, header: Mapping[str, str]) -> dict[str, str]:
 
 def _from_format_3(path: Path, header: Mapping[str, str]) -> dict[str, str]:
     """Migrates the header of a checkpoint none of whose families goes by a cue."""
-    config = {**_json_object(path, header, "config"), "cued": []}
+    config = {**_json_object(path, header, "config"), "cued": [], "cue_above": 1.0}
     return {**header, "format_version": "4", "config": json.dumps(config)}
 
 

@@ -72,6 +72,7 @@ class ControllerConfig:
       at_rest: those of them on which the policy does not act: it was not trained on them, or did no good.
       cued: those at rest whose learning rate goes by a cue (`metalearn.controller.cues`); of the others the base is all
         there is.
+      cue_above: of the cue, where the rate is raised.
       reach: per controlled hyperparameter.
     """
 
@@ -83,6 +84,7 @@ class ControllerConfig:
     families: tuple[str, ...] = ()
     at_rest: tuple[str, ...] = ()
     cued: tuple[str, ...] = ()
+    cue_above: float = 1 / 3
     reach: tuple[Reach, ...] = tuple(DEFAULT_REACH[name] for name in CONTROLLED)
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ class ControllerConfig:
             raise InvalidArgumentError(f"`families` must not have {OTHER!r}, which stands for any that is not in them")
         if not set(self.at_rest) <= set(self.families):
             raise InvalidArgumentError(f"`at_rest` must be among the families {self.families}, got {self.at_rest}")
+        if not 0.0 < self.cue_above < math.inf:
+            raise InvalidArgumentError(f"`cue_above` must be a positive number, got {self.cue_above}")
         if not set(self.cued) <= set(self.at_rest):
             raise InvalidArgumentError(f"`cued` must be among those at rest, {self.at_rest}, got {self.cued}")
         if len(self.reach) != len(CONTROLLED):

@@ -3,8 +3,8 @@
 While the validation metric rises by much from interval to interval the model is learning too slowly for its run, and
 the learning rate is raised, within the trust region; nothing lowers it again. The cue is the feature
 `validation_trend`: the distance between a fast and a slow average of the metric, as a share of the best so far. On
-most domains it stays below 0.2 once a few epochs are done, and the run is the base; docs/evidence.md says on which it
-does not, and what that is worth.
+most domains it never gets as far as the threshold, and the run is the base; docs/evidence.md says on which it does, and
+what that is worth.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from metalearn.controller.runtime import NumpyNetwork
 from metalearn.signals import GLOBAL_FEATURES, percentile_scale
 
 CUE = "validation_trend"
-RISING = 0.25
-"""Of the cue, above which the rate is raised."""
 RAISE = 1.0
 """Action before tanh: a factor of 1.7 on the rate in one decision."""
 
@@ -30,13 +28,14 @@ class CuePolicy(NumpyNetwork):
     Args:
       params: of the controller's network, whose domain code sessions keep.
       knots: percentile knots of the run features, which the cue is scaled by before any policy sees it.
+      above: of the cue, before it is scaled; see `ControllerConfig.cue_above`.
     """
 
-    def __init__(self, params: Mapping[str, np.ndarray], knots: np.ndarray) -> None:
+    def __init__(self, params: Mapping[str, np.ndarray], knots: np.ndarray, above: float) -> None:
         super().__init__(params)
         self._column = GLOBAL_FEATURES.index(CUE)
-        threshold = np.full(len(GLOBAL_FEATURES), RISING)
-        self._threshold = percentile_scale(threshold, np.asarray(knots, np.float64), np)[self._column]
+        scaled = percentile_scale(np.full(len(GLOBAL_FEATURES), above), np.asarray(knots, np.float64), np)
+        self._threshold = scaled[self._column]
 
     def start(self, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Leaves the start where it is."""

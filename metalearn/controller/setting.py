@@ -163,7 +163,9 @@ def make_setting(
     kept = withheld if withheld is not None else [()] * len(roles)
     cued = config.rows[row] in config.cued
     return Setting(
-        network=CuePolicy(controller.checkpoint.network, normalizer.run) if cued else controller.network,
+        network=CuePolicy(controller.checkpoint.network, normalizer.run, config.cue_above)
+        if cued
+        else controller.network,
         outcome=controller.outcome,
         config=config,
         descriptors=descriptors,

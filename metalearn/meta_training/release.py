@@ -98,20 +98,27 @@ def tempered(checkpoint: Checkpoint, *, decay_to: float, policy_share: float, **
     )
 
 
-def with_cues(checkpoint: Checkpoint, families: Sequence[str], **provenance: Any) -> Checkpoint:
+def with_cues(
+    checkpoint: Checkpoint,
+    families: Sequence[str],
+    *,
+    above: float = ControllerConfig.cue_above,
+    **provenance: Any,
+) -> Checkpoint:
     """Returns a released checkpoint in which some families at rest go by the cue, and no others.
 
     Args:
       checkpoint: as it is.
       families: those; see `metalearn.controller.cues`.
+      above: see `ControllerConfig.cue_above`.
       provenance: on what grounds; kept in the checkpoint.
 
     Raises:
-      InvalidArgumentError: one of the families is not at rest.
+      InvalidArgumentError: one of the families is not at rest, or the threshold is out of range.
     """
     return replace(
         checkpoint,
-        config=replace(checkpoint.config, cued=tuple(families)),
+        config=replace(checkpoint.config, cued=tuple(families), cue_above=above),
         provenance={**checkpoint.provenance, "cued": {"families": list(families), **provenance}},
     )
 

@@ -54,7 +54,7 @@ def make_checkpoint(seed: int = 0, **changes) -> Checkpoint:
         "network": params,
         "base": rng.random((2, 2, len(CONTROLLED))),
         "normalizer": Normalizer(**{name: fit_knots(rng.normal(size=(50, size))) for name, size in sizes.items()}),
-        "provenance": {"purpose": "tests", "seed": seed, "domains": ["größe"]},
+        "provenance": {"purpose": "tests of files", "seed": seed, "domains": ["größe"]},
     }
     return Checkpoint(**(fields | changes))
 

@@ -102,6 +102,16 @@ def test_other_families_decide_what_they_decided(controller: Controller):
             assert ours.tell(interval).as_dict() == theirs.tell(interval).as_dict()
 
 
+def test_where_the_rate_rises_is_in_the_checkpoint():
+    shipped = load_controller().checkpoint
+    low, high = (Controller(with_cues(shipped, [FAMILY], above=above)) for above in (0.2, 0.45))
+    first = [int(np.argmax(np.diff(rates(start(one), RISING)) > 0.0)) for one in (low, high)]
+    assert first[0] < first[1]
+    assert low.fingerprint != high.fingerprint
+    with pytest.raises(InvalidArgumentError, match="`cue_above` must be a positive number, got 0"):
+        with_cues(shipped, [FAMILY], above=0.0)
+
+
 def test_only_a_family_at_rest_goes_by_the_cue():
     with pytest.raises(InvalidArgumentError, match=r"`cued` must be among those at rest, \('one',\), got \('two',\)"):
         ControllerConfig(descriptors=("a",), families=("one", "two"), at_rest=("one",), cued=("two",))
