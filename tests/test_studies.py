@@ -89,7 +89,7 @@ def test_the_cue_goes_to_the_families_that_gain_by_it(scripts: Any, tmp_path: Pa
     assert after.config.cued == ("self_attention",)
     assert after.provenance["cued"]["domains"] == {"self_attention": 2}
     card = path.with_name("README.md").read_text()
-    assert "self_attention are not left at their base" in card
+    assert "of self_attention the learning rate is raised" in card
     assert f"{gain:+.3f} for self_attention on 2 of them" in card
     more = {"click_model_validation": 0.2, "click_model_domains": 3.0}
     assert script.save_into(path, more, ["click_model"]) == ["click_model"]
