@@ -79,8 +79,8 @@ they are given in `bases.json` beside this, on which).
     cued = provenance.get("cued")
     if cued is not None and config.cued:
         at_rest += f"""
-Not all of them are left at their base: of {", ".join(config.cued)} the learning rate is raised, up to three times, while
-the validation metric rises by much (`metalearn.controller.cues`). Measured on whole meta-training domains
+Not all of them are left at their base: of {", ".join(config.cued)} the learning rate is raised, up to three times,
+while the validation metric rises by much (`metalearn.controller.cues`). Measured on whole meta-training domains
 (`scripts/choose_cue.py`), in log(NDCG@10 + 0.02): {", ".join(_cue(cued, family) for family in config.cued)}.
 """
     released = provenance.get("tempered")
