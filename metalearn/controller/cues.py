@@ -35,7 +35,7 @@ class CuePolicy(NumpyNetwork):
         super().__init__(params)
         self._column = GLOBAL_FEATURES.index(CUE)
         scaled = percentile_scale(np.full(len(GLOBAL_FEATURES), above), np.asarray(knots, np.float64), np)
-        self._threshold = scaled[self._column]
+        self._threshold = max(0.0, float(scaled[self._column]))  # what was not measured is scaled to 0
 
     def start(self, code: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Leaves the start where it is."""

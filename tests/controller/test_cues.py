@@ -108,6 +108,8 @@ def test_where_the_rate_rises_is_in_the_checkpoint():
     first = [int(np.argmax(np.diff(rates(start(one), RISING)) > 0.0)) for one in (low, high)]
     assert first[0] < first[1]
     assert low.fingerprint != high.fingerprint
+    lowest = start(Controller(with_cues(shipped, [FAMILY], above=1e-3)))
+    assert len(set(rates(lowest, [math.nan] * 4))) == 1  # what is not measured does not rise
     with pytest.raises(InvalidArgumentError, match="`cue_above` must be a positive number, got 0"):
         with_cues(shipped, [FAMILY], above=0.0)
 
