@@ -130,7 +130,11 @@ def test_the_shipped_networks_agree_in_single_precision_too(num_groups: int):
     shipped = load_controller().checkpoint
     config, last = shipped.config, len(shipped.config.families)
     assert config == ControllerConfig(
-        descriptors=DESCRIPTORS, families=config.families, at_rest=config.at_rest, decay_to=config.decay_to
+        descriptors=DESCRIPTORS,
+        families=config.families,
+        at_rest=config.at_rest,
+        cued=config.cued,
+        decay_to=config.decay_to,
     )
     for observed in (random_observations(4, num_groups), recorded_observations(shipped)):
         arguments = (unflatten(shipped.network), *observed)
