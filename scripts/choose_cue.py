@@ -44,7 +44,7 @@ from metalearn.controller.cues import CUE, RAISE
 from metalearn.controller.outcome import METRIC_OFFSET
 from metalearn.errors import InvalidArgumentError, MetalearnError
 from metalearn.meta_training.model_card import write_model_card
-from metalearn.meta_training.release import with_cues
+from metalearn.meta_training.release import check_at_rest, with_cues
 from provenance import provenance
 from workers import make_pool
 
@@ -138,7 +138,7 @@ def controller_of_runs() -> dict[str, Any]:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Returns by family the mean gain of the cue, its interval, and the share of domains on which it acted."""
+    """Returns by family the mean gain of the cue, its interval, and how many domains there are and it acted on."""
     figures: dict[str, float] = {}
     for family in dict.fromkeys(row["family"] for row in rows):
         arms: dict[bool, dict[tuple[str, int], dict[str, Any]]] = {False: {}, True: {}}
@@ -203,6 +203,8 @@ def main() -> None:
     if arguments.quick:
         print(json.dumps(summarise(measure_quickly())))
         return
+    if arguments.into is not None:  # said before the runs, not after them
+        check_at_rest(load_checkpoint(arguments.into), arguments.models)
     names = arguments.only or sorted(load_folder(arguments.data, role="meta-training"))
     rows = read_recorded(arguments.output)
     done = {(row["family"], row["domain"], row["seed"], row["cued"]) for row in rows}
@@ -216,7 +218,9 @@ def main() -> None:
             about = provenance(domains=list(dict.fromkeys(row["domain"] for row in rows)))
             figures = summarise(rows)
             content = {"figures": figures, "controller": controller_of_runs(), "runs": rows, "provenance": about}
-            arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+            unfinished = arguments.output.with_suffix(".tmp")  # a kill leaves the old file or the new one
+            unfinished.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(unfinished, arguments.output)
     figures = summarise(rows)
     if arguments.into is not None:
         print(f"goes by the cue: {save_into(arguments.into, figures, arguments.models)}")
