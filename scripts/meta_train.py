@@ -148,8 +148,10 @@ PRESETS = {
         simulated={1_024: 30, 4_096: 12, 6_144: 12, 24_576: 4},
         settings={
             # Few validations of many episodes: the best of many noisy ones would be luck.
-            "validate_every": 20,
+            "num_iterations": 40,
+            "validate_every": 10,
             "validation_episodes": 16,
+            "patience": 2,
             "outcome_rounds": 3,
             # Rollouts of a group start alike, so that what differs between them is what the policy did.
             "ppo": PPOConfig(start_weight=0.0, initial_start_log_std=-2.5),

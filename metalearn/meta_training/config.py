@@ -14,8 +14,9 @@ from metalearn.meta_training.ppo import PPOConfig
 
 ChosenBase = tuple[str, bool, tuple[float, ...]]
 """Of a family, with the horizon known or not, values of `CONTROLLED` that real runs on whole domains have chosen."""
-KNOWN = 0.75
-"""Weight of runs that know their horizon in what validation says."""
+KNOWN = 0.25
+"""Weight of runs that know their horizon in what validation says, and their share of the episodes: loops that evaluate
+averaged weights, as the README recommends, run as if they knew none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class MetaTrainConfig:
     search_configurations: tuple[int, ...]
     bases: tuple[ChosenBase, ...] = ()
     resting_bases: tuple[ChosenBase, ...] = ()
-    told_share: float = 0.75
+    told_share: float = KNOWN
     family_told_share: float = 0.85
     single_group_share: float = 0.3
     wrong_horizon_share: float = 0.15
