@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,20 @@ TIMEOUT = timedelta(seconds=30)
 """Of a collective: one that waits for a rank that has failed may notice only by this."""
 PATIENCE = 5
 """Of those, until a rank is said to hang."""
+ATTEMPTS = 3
+"""To bring a process group up: gloo's connections are now and then closed while they are made, on a busy machine."""
 
 
 class RankError(Exception):
     """What a rank raised, as text."""
 
 
+class NoGroupError(RankError):
+    """The process group did not come up in a rank; the job has not begun there."""
+
+
 class Crew:
-    """Ranks that wait for jobs, over gloo on the host.
+    """Ranks that wait for jobs, over gloo on the host; if their group does not come up, they are started anew.
 
     Args:
       size: how many.
@@ -34,7 +41,7 @@ class Crew:
     """
 
     def __init__(self, size: int, folder: Path) -> None:
-        self.size, self._folder, self._jobs = size, folder, 0
+        self.size, self.folder, self.jobs = size, folder, 0
         self._start()
 
     def _start(self) -> None:
@@ -59,26 +66,49 @@ class Crew:
 
         Raises:
           ChildProcessError: a rank died, or hangs; the next job gets new ones.
+          NoGroupError: the process group did not come up, in all attempts.
         """
-        self._jobs += 1
-        where = f"file://{self._folder}/group-{self._jobs}" if group else None
+        for left in reversed(range(ATTEMPTS)):
+            try:
+                return self._attempt(job, arguments, group=group)
+            except ChildProcessError:
+                self._replace()
+                raise
+            except NoGroupError:
+                self._replace()
+                if not left:
+                    raise
+        raise AssertionError
+
+    def _replace(self) -> None:
+        self.close()
+        self._start()
+
+    def _attempt(self, job: Callable[..., Any], arguments: tuple[Any, ...], *, group: bool) -> list[Any]:
+        self.jobs += 1
+        where = f"file://{self.folder}/group-{self.jobs}" if group else None
         for pipe in self._pipes:
             pipe.send((where, job, arguments))
-        try:
-            return [self._result(rank) for rank in range(self.size)]
-        except ChildProcessError:
-            self.close()
-            self._start()
-            raise
+        results: dict[int, Any] = {}
+        until = time.monotonic() + PATIENCE * TIMEOUT.total_seconds()
+        while len(results) < self.size:
+            waiting = {self._pipes[rank]: rank for rank in range(self.size) if rank not in results}
+            ready = wait(list(waiting), timeout=max(until - time.monotonic(), 0.0))
+            if not ready:
+                raise ChildProcessError(f"rank {min(waiting.values())} hangs; the others: {results}")
+            for pipe in ready:
+                results[waiting[pipe]] = self._result(waiting[pipe])
+        return [results[rank] for rank in range(self.size)]
 
     def _result(self, rank: int) -> Any:
-        if not self._pipes[rank].poll(PATIENCE * TIMEOUT.total_seconds()):
-            raise ChildProcessError(f"rank {rank} hangs")
         try:
-            return pickle.loads(self._pipes[rank].recv_bytes())
+            result = pickle.loads(self._pipes[rank].recv_bytes())
         except EOFError:
             self._processes[rank].join()
             raise ChildProcessError(f"rank {rank} died with exit code {self._processes[rank].exitcode}") from None
+        if isinstance(result, NoGroupError):
+            raise result
+        return result
 
     def close(self) -> None:
         """End them."""
@@ -94,11 +124,20 @@ def _work(rank: int, size: int, pipe: Connection) -> None:
         where, job, arguments = pipe.recv()
         try:
             if where is not None:
-                distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=TIMEOUT)
+                _join(where, rank, size)
             result = job(*arguments)
+        except NoGroupError as error:
+            result = error
         except Exception:
             result = RankError(traceback.format_exc())
         pipe.send_bytes(pickle.dumps(result))  # as bytes: `send` would share the tensors' memory
-        if where is not None:
+        if distributed.is_initialized():
             distributed.destroy_process_group()
             gc.collect()  # a group's connections last as long as a model that uses it: others would wait for this rank
+
+
+def _join(where: str, rank: int, size: int) -> None:
+    try:
+        distributed.init_process_group("gloo", init_method=where, rank=rank, world_size=size, timeout=TIMEOUT)
+    except Exception:
+        raise NoGroupError(traceback.format_exc()) from None

@@ -71,9 +71,14 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], tolerance: float) -
 
 
 def test_a_rank_that_dies_is_named_and_replaced(crew: Crew):
-    with pytest.raises(ChildProcessError, match="rank 0 died with exit code 3"):
+    with pytest.raises(ChildProcessError, match=r"rank \d died with exit code 3"):
         crew.run(os._exit, 3)
     assert crew.run(os.getenv, "CREW_RANK", group=False) == ["0", "1"]
+
+
+def test_a_group_that_does_not_come_up_is_tried_again(crew: Crew):
+    (crew.folder / f"group-{crew.jobs + 1}").mkdir()  # where the ranks are to find one another
+    assert crew.run(os.getenv, "CREW_RANK") == ["0", "1"]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
