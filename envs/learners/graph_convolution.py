@@ -17,12 +17,13 @@ Shape legend: U user, I item, N interaction, D embedding dimension, B batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from envs.learners.learner import Learner, TrainingData, draw_items, draw_rows, xavier_normal
+from envs.learners.learner import TrainingData, xavier_normal
+from envs.learners.triples import TripleLearner, Triples
 
 NUM_LAYERS = 2
 """Rounds of propagation."""
@@ -37,30 +38,9 @@ class Params(NamedTuple):
     """[I, D]"""
 
 
-class Batch(NamedTuple):
-    """Triples of one step; `keep` [B, D] is the dropout mask, scaled so that its mean is 1."""
-
-    user: jax.Array
-    positive: jax.Array
-    negative: jax.Array
-    keep: jax.Array
-
-
 @dataclass(frozen=True, kw_only=True)
-class GraphConvolution(Learner):
+class GraphConvolution(TripleLearner):
     """LightGCN; see the module. A step costs O(N · D), whatever its batch."""
-
-    roles: ClassVar[tuple[str, ...]] = ("embedding", "embedding")
-
-    @property
-    def num_uniforms(self) -> int:
-        """A row and a negative for every triple."""
-        return 2 * self.batch
-
-    @property
-    def num_keep(self) -> int:
-        """One for every entry of the users' vectors."""
-        return self.batch * self.dim
 
     def init(self, data: TrainingData, *, key: jax.Array) -> Params:
         """Initialises the tables by Xavier's normal rule."""
@@ -78,13 +58,7 @@ class GraphConvolution(Learner):
         """Users and items."""
         return Params(data.num_users, data.num_items)  # type: ignore[arg-type]
 
-    def draw(self, data: TrainingData, uniforms: jax.Array, keep: jax.Array) -> Batch:
-        """Draws positives from the window, and negatives from all items."""
-        row = draw_rows(data, uniforms[: self.batch])
-        negative = draw_items(data, uniforms[self.batch :])
-        return Batch(data.user[row], data.item[row], negative, keep.reshape(self.batch, self.dim))
-
-    def loss(self, params: Params, data: TrainingData, batch: Batch) -> jax.Array:
+    def loss(self, params: Params, data: TrainingData, batch: Triples) -> jax.Array:
         """Computes the BPR loss of the propagated tables."""
         user, item = propagate(params, data)
         difference = item[batch.positive] - item[batch.negative]

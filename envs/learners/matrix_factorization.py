@@ -10,12 +10,13 @@ Shape legend: U user, I item, D embedding dimension, B batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from envs.learners.learner import Learner, TrainingData, draw_items, draw_rows, xavier_normal
+from envs.learners.learner import TrainingData, xavier_normal
+from envs.learners.triples import TripleLearner, Triples
 
 
 class Params(NamedTuple):
@@ -29,30 +30,9 @@ class Params(NamedTuple):
     """[I]"""
 
 
-class Batch(NamedTuple):
-    """Triples of one step; `keep` [B, D] is the dropout mask, scaled so that its mean is 1."""
-
-    user: jax.Array
-    positive: jax.Array
-    negative: jax.Array
-    keep: jax.Array
-
-
 @dataclass(frozen=True, kw_only=True)
-class MatrixFactorization(Learner):
+class MatrixFactorization(TripleLearner):
     """BPR matrix factorisation; see the module."""
-
-    roles: ClassVar[tuple[str, ...]] = ("embedding", "embedding")
-
-    @property
-    def num_uniforms(self) -> int:
-        """A row and a negative for every triple."""
-        return 2 * self.batch
-
-    @property
-    def num_keep(self) -> int:
-        """One for every entry of the users' vectors."""
-        return self.batch * self.dim
 
     def init(self, data: TrainingData, *, key: jax.Array) -> Params:
         """Initialises the tables by Xavier's normal rule, biases by zero."""
@@ -71,23 +51,17 @@ class MatrixFactorization(Learner):
         """Users and items; a column of biases has no rows to speak of."""
         return Params(data.num_users, data.num_items, 0)  # type: ignore[arg-type]
 
-    def draw(self, data: TrainingData, uniforms: jax.Array, keep: jax.Array) -> Batch:
-        """Draws positives from the window, and negatives from all items."""
-        row = draw_rows(data, uniforms[: self.batch])
-        negative = draw_items(data, uniforms[self.batch :])
-        return Batch(data.user[row], data.item[row], negative, keep.reshape(self.batch, self.dim))
-
-    def _margin(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _margin(self, params: Params, batch: Triples) -> tuple[jax.Array, jax.Array, jax.Array]:
         user = params.user[batch.user] * batch.keep
         difference = params.item[batch.positive] - params.item[batch.negative]
         margin = (user * difference).sum(-1) + params.bias[batch.positive] - params.bias[batch.negative]
         return margin, user, difference
 
-    def loss(self, params: Params, data: TrainingData, batch: Batch) -> jax.Array:
+    def loss(self, params: Params, data: TrainingData, batch: Triples) -> jax.Array:
         """Computes the BPR loss."""
         return jax.nn.softplus(-self._margin(params, batch)[0]).mean()
 
-    def loss_and_gradient(self, params: Params, data: TrainingData, batch: Batch) -> tuple[jax.Array, Params]:
+    def loss_and_gradient(self, params: Params, data: TrainingData, batch: Triples) -> tuple[jax.Array, Params]:
         """Computes the loss and its gradient by hand: positives and negatives share one scatter."""
         margin, user, difference = self._margin(params, batch)
         slope = (-jax.nn.sigmoid(-margin) / margin.shape[0])[:, None]

@@ -178,28 +178,3 @@ def test_sparse_tables_have_the_same_gradients(domain):
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
-
-
-def test_forward_is_one_graph_and_stands_bfloat16(domain):
-    model = TorchClickModel.for_domain(domain, dim=DIM, dropout=0.1, generator=_generator()).eval()
-    batch = model.sampler(domain, BATCH, seed=0).next()
-    loss = model(*batch)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*batch), loss)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = model.train()(*batch)
-    assert low.dtype == torch.float32
-    assert low.item() == pytest.approx(loss.item(), rel=0.05)
-    low.backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # inductor's own
-def test_compiles(domain):
-    model = TorchClickModel.for_domain(domain, dim=DIM, generator=_generator())
-    batch = model.sampler(domain, BATCH, seed=0).next()
-    loss = torch.compile(model, fullgraph=True)(*batch)
-    torch.testing.assert_close(loss, model(*batch))
-    loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())

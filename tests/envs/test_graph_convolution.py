@@ -146,26 +146,6 @@ def test_the_module_is_one_that_practitioners_expect():
         assert torch.equal(twice[0][name], twice[1][name]) and not torch.equal(twice[0][name], twice[2][name])
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch compiling a Function
-def test_it_compiles_to_one_graph_and_runs_under_autocast():
-    model = _model(*_edges(0), _params(0))
-    batch = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2]), torch.tensor([3, 4, 0])
-    expected = model(*batch)
-    expected.backward()
-    gradients = [p.grad for p in model.parameters()]
-    model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = compiled(*batch)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    loss.backward()
-    for p, gradient in zip(model.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(*batch)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
-
-
 @pytest.mark.slow
 def test_it_learns_a_simulated_domain():
     prior = SimulatedPrior(users=(300, 300), items=(200, 200), history=(25.0, 25.0))

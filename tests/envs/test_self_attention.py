@@ -211,20 +211,6 @@ def test_the_module_is_one_that_practitioners_expect(model):
         assert not torch.equal(twice[0][name], twice[2][name])
 
 
-def test_it_compiles_to_one_graph_and_runs_under_autocast(model):
-    batch = torch.from_numpy(HISTORY), torch.ones(4, LENGTH - 1, dtype=torch.int64)
-    expected = model(*batch)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    loss = compiled(*batch)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    loss.backward()
-    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = model(*batch)
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
-
-
 @pytest.mark.parametrize("history", [0, 1])
 def test_histories_too_short_are_refused(history):
     with pytest.raises(InvalidArgumentError, match="`history` must be"):

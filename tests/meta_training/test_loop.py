@@ -294,7 +294,7 @@ def test_epochs_are_checked(epochs: tuple[float, float]):
 def test_a_family_that_validation_speaks_against_is_released_at_rest():
     controller = ControllerConfig(descriptors=DESCRIPTORS, families=("good", "harmed", "given"), at_rest=("given",))
     gains = {"known/good/64": -0.1, "known/good/512": 0.2, "unknown/good/64": 0.0, "unknown/good/512": 0.0}
-    gains |= {"known/harmed/64": -0.02, "unknown/harmed/64": 0.05, "known": 1.0, "unknown": 1.0}
+    gains |= {"known/harmed/64": 0.05, "unknown/harmed/64": -0.02, "known": 1.0, "unknown": 1.0}
     validation = {f"validation/gain/{name}": gain for name, gain in gains.items()}
     assert with_harmed_at_rest(controller, validation).at_rest == ("given", "harmed")
     assert with_harmed_at_rest(controller, {}).at_rest == ("given",)
