@@ -16,7 +16,7 @@ import argparse
 import json
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=list(RECOMMENDERS), default="matrix_factorization", help="model family")
     parser.add_argument("--controller", type=Path, help="a checkpoint instead of the one that ships")
     parser.add_argument("--steps", type=int, default=TrainingSettings.steps)
-    parser.add_argument("--batch-size", type=int, default=TrainingSettings.batch_size)
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help=f"default: {TrainingSettings.batch_size}, or an eighth of the training interactions if that is less",
+    )
     parser.add_argument("--dim", type=int, default=TrainingSettings.dim)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/<name of the file>")
@@ -142,7 +146,9 @@ def as_trial(
 def main() -> None:
     arguments = parse()
     settings = TrainingSettings(
-        steps=200 if arguments.quick else arguments.steps, batch_size=arguments.batch_size, dim=arguments.dim
+        steps=200 if arguments.quick else arguments.steps,
+        batch_size=TrainingSettings.batch_size if arguments.batch_size is None else arguments.batch_size,
+        dim=arguments.dim,
     )
     seeds = list(range(1 if arguments.quick else arguments.seeds))
     output = arguments.output or Path("runs") / ("quickstart" if arguments.quickstart else arguments.data.stem)
@@ -150,6 +156,8 @@ def main() -> None:
     controllers.of("controller")  # a file that cannot be read is named before anything is trained
     output.mkdir(parents=True, exist_ok=True)
     domain = open_domain(arguments, output)
+    if arguments.batch_size is None:
+        settings = replace(settings, batch_size=min(settings.batch_size, max(1, len(domain.train) // 8)))
     (output / "decisions.jsonl").unlink(missing_ok=True)
     floor = popularity_baseline(domain, k=settings.k).means()
     epochs = settings.steps * settings.batch_size / len(domain.train)
