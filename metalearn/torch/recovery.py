@@ -21,6 +21,8 @@ from metalearn.torch.snapshots import Snapshots
 
 MOST_INTERVALS = 10
 """Intervals between snapshots at the most, whatever they cost, where the config does not say."""
+SHORT_LOOK = 0.005
+"""Seconds that a look at weights and moments may always take."""
 
 
 class Condition(NamedTuple):
@@ -81,6 +83,8 @@ class Recovery:
         self._spent = 0.0
         self._cost: float | None = None
         """seconds that a snapshot takes, once its memory is there"""
+        self._look_cost, self._unseen = 0.0, 0.0
+        """seconds that a look at weights and moments takes, and those trained since the last one"""
 
     @property
     def fallen_back(self) -> bool:
@@ -110,9 +114,24 @@ class Recovery:
         """Stops it: what follows is validation."""
         self._seconds = perf_counter() - self._began
 
-    def condition(self) -> Condition:
-        """Looks at weights, moments and clock; memory is left to the caller."""
-        return Condition(state_finite=self._snapshots.all_finite(), seconds=self._seconds, memory_bytes=math.nan)
+    def condition(self, *, surely: bool) -> Condition:
+        """Looks at weights, moments and clock; memory is left to the caller.
+
+        Tables of millions of rows take as long to look at as some steps. Then weights and moments are looked at where a
+        snapshot may be due, which is never to hold what is not finite, and else no more often than `max_cost` of the
+        training time allows; the losses of every step are judged in any case.
+
+        Args:
+          surely: look, whatever it costs.
+        """
+        self._unseen += self._seconds
+        finite = True
+        allowed = self._look_cost <= max(SHORT_LOOK, self._config.max_cost * self._unseen)
+        if surely or allowed or self._due_after(self._intervals + 1, self._trained + self._seconds):
+            began = perf_counter()
+            finite = self._snapshots.all_finite()
+            self._look_cost, self._unseen = perf_counter() - began, 0.0
+        return Condition(state_finite=finite, seconds=self._seconds, memory_bytes=math.nan)
 
     def judge(
         self, statistics: IntervalStatistics, condition: Condition, unkept: tuple[str, ...] = ()
@@ -157,11 +176,13 @@ class Recovery:
     @property
     def due(self) -> bool:
         """Whether a good interval is to be saved."""
-        if self.off:
-            return False
+        return not self.off and self._due_after(self._intervals, self._trained)
+
+    def _due_after(self, intervals: int, trained: float) -> bool:
+        """Says whether so many intervals and seconds after the last snapshot it is time for one."""
         if self._config.every is not None or self._cost is None:
-            return self._intervals >= (self._config.every or 1)
-        return self._cost <= self._config.max_cost * self._trained or self._intervals >= MOST_INTERVALS
+            return intervals >= (self._config.every or 1)
+        return self._cost <= self._config.max_cost * trained or intervals >= MOST_INTERVALS
 
     @contextmanager
     def timed(self) -> Iterator[None]:

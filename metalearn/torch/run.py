@@ -354,7 +354,8 @@ class Run:
         """Returns what all processes have measured in the interval, and how they are at its end."""
         recovery, condition = self.recovery, Condition(True, self.usage.seconds, math.nan, ready=False)
         if recovery is not None and recovery.ready and self.session.mode != "shadow":
-            condition = recovery.condition()
+            # Of several processes the first alone knows when a snapshot is due.
+            condition = recovery.condition(surely=self.ranks is not None)
         condition = condition._replace(memory_bytes=self.usage.memory_bytes())
 
         def meet(mine: Measured) -> Measured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -406,3 +407,26 @@ def test_snapshots_come_as_often_as_they_may_cost(domain: Domain, controller: Co
     dear = count(RollbackConfig(), 1e3)
     assert dear[-2:] == [dear[-1] - 10, dear[-1]] and len(dear) <= 6
     assert count(RollbackConfig(), -1e3) == list(range(25))
+
+
+def test_weights_are_looked_at_as_often_as_that_may_cost_and_before_each_snapshot(
+    domain: Domain, controller: Controller
+):
+    def looks(cost: float, every: int) -> list[int]:
+        loop = Loop(domain, controller, horizon=400, rollback=RollbackConfig(every=every))
+        recovery, looked = loop.scheduler._run.recovery, []
+        assert recovery is not None
+        snapshots = recovery._snapshots
+        look = snapshots.all_finite
+
+        def all_finite() -> bool:
+            looked.append(loop.scheduler.steps // INTERVAL)
+            time.sleep(cost)
+            return look()
+
+        snapshots.all_finite = all_finite  # type: ignore[method-assign]
+        loop.advance(9 * INTERVAL)
+        return looked
+
+    assert looks(0.0, every=4) == list(range(1, 10))
+    assert looks(0.02, every=4) == [1, 4, 8]  # the first tells what it costs
