@@ -15,7 +15,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache, partial, wraps
 from typing import Any, Unpack
 
@@ -24,7 +25,7 @@ import torch
 
 from metalearn.controller.controller import Controller, load_controller
 from metalearn.errors import InvalidArgumentError
-from metalearn.integrations.options import Found, SchedulerOptions, check_options, complete_options, refuse_averaging
+from metalearn.integrations.options import Found, SchedulerOptions, check_options, complete_options
 from metalearn.interactions import Interactions
 from metalearn.profiles import DomainProfile, profile_domain
 from metalearn.torch import MetaScheduler
@@ -36,8 +37,8 @@ FAMILIES: Mapping[str, str] = {
     "DeepFM": "click_model",
 }
 """RecBole's models by the controller's families; any other model is steered from the base for unknown ones."""
-STATE_KEY = "metalearn_scheduler"
-"""Of the scheduler's state among a checkpoint's `other_parameter`."""
+STATE_KEY, WEIGHTS_KEY = "metalearn_scheduler", "metalearn_weights"
+"""Of the scheduler's state, and of the weights that training goes on from, among a checkpoint's `other_parameter`."""
 
 
 @cache
@@ -141,10 +142,14 @@ def steer(trainer: Any, train_data: Any, **options: Unpack[SchedulerOptions]) ->
     The Trainer keeps its class and its methods' results. Optimizer steps are seen by the optimizer's hooks, losses
     where the Trainer checks them for NaN, and validation results are reported. The domain is profiled from the training
     data, the horizon is `epochs` times the batches of one, the metric `valid_metric`, and the family follows from the
-    model's name (`FAMILIES`) if the controller knows it; each can be given instead. Where `stopping_step` ends a run,
-    its rate has not decayed: choose `epochs` as long as you mean to train.
+    model's name (`FAMILIES`) if the controller knows it; each can be given instead.
 
-    Checkpoints of the Trainer hold the scheduler's state; call `steer` first, then `trainer.resume_checkpoint`.
+    What the Trainer evaluates and saves are averaged weights, and the rate is held. With `averaging=False` they are the
+    weights as they are, and the rate decays over the horizon: choose `epochs` then as long as you mean to train, since
+    it has not decayed where `stopping_step` ends a run.
+
+    Checkpoints of the Trainer hold the scheduler's state, and the weights beside the averaged ones; call `steer` first,
+    then `trainer.resume_checkpoint`.
 
     RecBole's default `learner: adam` has no decoupled weight decay; with `learner: adamw` it is controlled too.
 
@@ -157,12 +162,11 @@ def steer(trainer: Any, train_data: Any, **options: Unpack[SchedulerOptions]) ->
       The scheduler.
 
     Raises:
-      InvalidArgumentError: this is no Trainer with one optimizer and one process, it is steered already, the horizon
-        is given as unknown, averages are asked for, or an option is wrong.
+      InvalidArgumentError: this is no Trainer with one optimizer and one process, it is steered already, or an option
+        is wrong.
     """
-    checked = check_options(options, needs_domain=False)
+    checked = {"averaging": True, **check_options(options, needs_domain=False)}
     _check_trainer(trainer)
-    refuse_averaging(checked, "RecBole", "epochs")
     profile = checked.pop("domain", None) or profile_training_data(train_data)
     controller = checked.pop("controller", None)
     loaded = controller if isinstance(controller, Controller) else load_controller(controller)
@@ -243,28 +247,41 @@ def _follow_steps(trainer: Any, scheduler: MetaScheduler) -> None:
 
 
 def _follow_validation(trainer: Any, scheduler: MetaScheduler) -> None:
-    valid_epoch = trainer._valid_epoch
+    valid_epoch, evaluate = trainer._valid_epoch, trainer.evaluate
 
     def report(*arguments: Any, **keywords: Any) -> Any:
         score, result = valid_epoch(*arguments, **keywords)
         scheduler.report(result)
         return score, result
 
-    trainer._valid_epoch = report
+    @wraps(evaluate)
+    def evaluate_averaged(eval_data: Any, load_best_model: bool = True, *arguments: Any, **keywords: Any) -> Any:
+        # The best model's checkpoint holds averaged weights; loading it replaces those of the run.
+        with nullcontext() if load_best_model else scheduler.averaged_parameters():
+            return evaluate(eval_data, load_best_model, *arguments, **keywords)
+
+    trainer._valid_epoch, trainer.evaluate = report, evaluate_averaged
 
 
 def _follow_checkpoints(trainer: Any, scheduler: MetaScheduler) -> None:
-    model, resume = trainer.model, trainer.resume_checkpoint
+    model, resume, save = trainer.model, trainer.resume_checkpoint, trainer._save_checkpoint
     own_parameter, load_parameter = model.other_parameter, model.load_other_parameter
-    held: list[Mapping[str, Any]] = []
+    held: list[tuple[Mapping[str, Any], Sequence[torch.Tensor]]] = []
+    weights: list[torch.Tensor] = []
+
+    def save_checkpoint(*arguments: Any, **keywords: Any) -> None:
+        weights[:] = [parameter.detach().clone() for parameter in model.parameters()]
+        with scheduler.averaged_parameters():
+            save(*arguments, **keywords)
+        weights.clear()
 
     def other_parameter() -> dict[str, Any]:
-        return {**own_parameter(), STATE_KEY: scheduler.state_dict()}
+        return {**own_parameter(), STATE_KEY: scheduler.state_dict(), WEIGHTS_KEY: list(weights)}
 
     def load_other_parameter(parameter: Mapping[str, Any] | None) -> None:
         # `evaluate` comes here too, for the best model: that brings no earlier state of the run back.
         rest = dict(parameter or {})
-        held[:] = [rest.pop(STATE_KEY)] if STATE_KEY in rest else []
+        held[:] = [(rest.pop(STATE_KEY), rest.pop(WEIGHTS_KEY, ()))] if STATE_KEY in rest else []
         load_parameter(rest)
 
     def resume_checkpoint(*arguments: Any, **keywords: Any) -> None:
@@ -273,7 +290,11 @@ def _follow_checkpoints(trainer: Any, scheduler: MetaScheduler) -> None:
             raise InvalidArgumentError(
                 "this checkpoint was saved without a MetaScheduler; resume it in a Trainer that is not steered"
             )
-        scheduler.load_state_dict(held[0])
+        ((state, saved),) = held
+        scheduler.load_state_dict(state)
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), saved, strict=False):  # older checkpoints hold none
+                parameter.copy_(value)
 
     model.other_parameter, model.load_other_parameter = other_parameter, load_other_parameter
-    trainer.resume_checkpoint = resume_checkpoint
+    trainer.resume_checkpoint, trainer._save_checkpoint = resume_checkpoint, save_checkpoint

@@ -187,6 +187,7 @@ def plain(job: Job) -> Outcome:
         "horizon": EPOCHS * len(train),
         "batch_size": round(job.domain.profile.num_interactions / len(train)),
         "metric": "mrr@10",
+        "averaging": True,
         **job.scheduler_options,
     }
     scheduler = MetaScheduler(optimizer, model=parts.model, family="matrix_factorization", **options)
@@ -202,7 +203,8 @@ def plain(job: Job) -> Outcome:
             loss.backward()
             optimizer.step()
             scheduler.step(loss)
-        _, result = trainer._valid_epoch(parts.valid)
+        with scheduler.averaged_parameters():
+            _, result = trainer._valid_epoch(parts.valid)
         scheduler.report(result)
     return watched.outcome(scheduler)
 
@@ -233,6 +235,7 @@ def test_models_run_unchanged(name: str, job: Job):
         batch_size=round(profile.num_interactions / len(parts.train)),
         family=FAMILIES[name] if known else None,
         horizon=EPOCHS * len(parts.train),
+        averaging=True,
         interval=2,
         controller=job.controller,
     ).decision
@@ -243,6 +246,47 @@ def test_models_run_unchanged(name: str, job: Job):
         assert group["lr"] == pytest.approx(decision.groups[0]["learning_rate"] * factor, rel=1e-12)
     assert all(np.isfinite(value) for value in result.values())
     assert scheduler.steps == EPOCHS * len(parts.train)  # the checkpoint's earlier state was not taken
+
+
+def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_what_is_evaluated_and_saved_is_averaged_and_training_goes_on_from_the_weights(job: Job):
+    parts = prepared(job)
+    trainer, evaluate, seen = parts.trainer, parts.trainer.evaluate, []
+
+    def spied(*arguments: Any, **keywords: Any) -> Any:
+        seen.append(weights_of(parts.model))
+        return evaluate(*arguments, **keywords)
+
+    trainer.evaluate = spied
+    scheduler = steer(trainer, parts.train, controller=job.controller)
+    trainer.fit(parts.train, parts.valid, verbose=False)
+    raw = weights_of(parts.model)
+    with scheduler.averaged_parameters():
+        average = weights_of(parts.model)
+    assert not all(map(torch.equal, raw, average))
+    assert all(map(torch.equal, seen[-1], average))  # of the last epoch's validation
+    trainer.evaluate(parts.valid, load_best_model=False)
+    assert all(map(torch.equal, seen[-1], average)) and all(map(torch.equal, weights_of(parts.model), raw))
+    trainer._save_checkpoint(EPOCHS - 1, verbose=False)
+    saved = torch.load(trainer.saved_model_file, weights_only=False)["state_dict"]
+    assert all(map(torch.equal, saved.values(), average)) and all(map(torch.equal, weights_of(parts.model), raw))
+    again = prepared(job)
+    steer(again.trainer, again.train, controller=job.controller)
+    again.trainer.resume_checkpoint(trainer.saved_model_file)
+    assert all(map(torch.equal, weights_of(again.model), raw))
+
+
+def test_with_averaging_off_the_rate_decays_and_weights_are_as_they_are(job: Job):
+    parts = prepared(job)
+    scheduler = steer(parts.trainer, parts.train, controller=job.controller, averaging=False)
+    parts.trainer.fit(parts.train, parts.valid, verbose=False)
+    assert scheduler.multiplier(scheduler.steps - 1) < 0.5
+    parts.trainer._save_checkpoint(EPOCHS - 1, verbose=False)
+    saved = torch.load(parts.trainer.saved_model_file, weights_only=False)["state_dict"]
+    assert all(map(torch.equal, saved.values(), weights_of(parts.model)))
 
 
 def test_the_profile_is_of_the_training_interactions(job: Job):
@@ -268,8 +312,8 @@ def test_wrong_uses_are_told(job: Job):
     parts = prepared(job)
     with pytest.raises(InvalidArgumentError, match="`trainer` must be a RecBole Trainer, got int"):
         steer(3, parts.train)
-    with pytest.raises(InvalidArgumentError, match="RecBole evaluates and keeps weights as they are"):
-        steer(parts.trainer, parts.train, horizon=None)
+    with pytest.raises(InvalidArgumentError, match="`averaging`"):
+        steer(parts.trainer, parts.train, horizon=None, averaging=False)
     parts.config["single_spec"] = False
     with pytest.raises(InvalidArgumentError, match="run with nproc=1"):
         steer(parts.trainer, parts.train)
