@@ -45,7 +45,7 @@ from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS, PROFILE_DESCRIPTORS, Normalizer
 from metalearn.errors import MetalearnError
 from metalearn.meta_training import warm_start
-from metalearn.meta_training.config import MetaTrainConfig
+from metalearn.meta_training.config import KNOWN, MetaTrainConfig
 from metalearn.meta_training.curriculum import Curriculum
 from metalearn.meta_training.loop import iteration_chunks, validation_chunks
 from metalearn.meta_training.ppo import PPO
@@ -208,9 +208,9 @@ def run_arms(
 
 
 def weighted(scores: np.ndarray) -> Any:
-    """Returns the mean over episodes, three parts told the horizon and one not; [..., 2, episodes] to [...]."""
+    """Returns the mean over episodes, weighted as meta-training's validation is; [..., 2, episodes] to [...]."""
     means = scores.mean(-1)
-    return 0.75 * means[..., 0] + 0.25 * means[..., 1]
+    return KNOWN * means[..., 0] + (1.0 - KNOWN) * means[..., 1]
 
 
 def summarise(scores: dict[str, np.ndarray]) -> dict[str, float]:
