@@ -9,7 +9,7 @@ of it fits into an hour: what is worth how much there need not hold at full size
 
 Arms of a seed share networks, tasks, initialisations and the order of groups. An arm does without its part in
 meta-training and in use alike. Measured is the score of the last mean policy, log((NDCG@10 + 0.02) / (popularity +
-0.02)), less that of the full recipe on the same episodes; three parts told the horizon, one part not. Intervals are
+0.02)), less that of the full recipe on the same episodes; a quarter of them told the horizon. Intervals are
 95 % of Student's t over seeds. The last line is JSON.
 """
 
