@@ -106,6 +106,13 @@ def table(runs: dict[str, dict[str, list[dict[str, float]]]], *, epochs: int) ->
     return "\n".join([*lines, "", about])
 
 
+def record(runs: dict[str, dict[str, list[dict[str, float]]]], *, epochs: int, seeds: int) -> None:
+    """Writes the runs, and their table into the documentation."""
+    about = provenance(seeds=[2020, 2019 + seeds], epochs=epochs, recbole=version("recbole"))
+    RECORD.write_text(json.dumps({"runs": runs, "provenance": about}, indent=1) + "\n", encoding="utf8")
+    write_block("recbole", table(runs, epochs=epochs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="BPR, one seed, two epochs; write nothing")
@@ -127,12 +134,9 @@ def main() -> None:
                     run = train(name, arm, epochs=epochs, seed=seed, folder=Path(folder))
                     runs[name][arm].append(run)
                     print(f"{name} {arm} {seed}: test {run['test']:.4f}, {run['seconds']:.0f} s", flush=True)
-    text = table(runs, epochs=epochs)
-    print(text)
-    if not arguments.quick:
-        about = provenance(seeds=[2020, 2019 + seeds], epochs=epochs, recbole=version("recbole"))
-        RECORD.write_text(json.dumps({"runs": runs, "provenance": about}, indent=1) + "\n", encoding="utf8")
-        write_block("recbole", text)
+            if not arguments.quick:  # after each model: a run that is ended early has recorded the ones before
+                record(runs, epochs=epochs, seeds=seeds)
+    print(table(runs, epochs=epochs))
     means = {
         f"{name}/{arm}": round(float(np.mean([run["test"] for run in found])), 4)
         for name, arms in runs.items()
