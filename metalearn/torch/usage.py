@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from pathlib import Path
 from time import perf_counter, process_time
 
 import torch
@@ -40,7 +39,8 @@ class UsageMeter:
         if self._device.type == "cuda":
             return float(torch.cuda.memory_reserved(self._device))
         try:
-            return float(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+            with open("/proc/self/statm", "rb", buffering=0) as file:  # a third of the time of `Path.read_text`
+                return float(int(file.read(256).split()[1]) * os.sysconf("SC_PAGE_SIZE"))
         except OSError:
             return math.nan
 
