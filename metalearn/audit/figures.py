@@ -186,11 +186,10 @@ def tick_values(low: float, high: float, *, log: bool = False) -> list[float]:
     if log and high / low > 5:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         for steps in ((1,), (1, 3), (1, 2, 5)):
-            every = 1 + len(decades) // 7 if steps == (1,) else 1
-            found = [step * 10.0**decade for decade in decades[::every] for step in steps]
+            found = [step * 10.0**decade for decade in decades for step in steps]
             found = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
             if len(found) >= 3:
-                return found
+                return found[:: math.ceil(len(found) / 8)]
     inside = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     margin = (high - low) * 1e-9
     return [float(value) for value in inside if low - margin <= value <= high + margin]

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from metalearn.audit.figures import STYLE, Chart, Event, Line, Mark, draw_chart, tick_values
@@ -45,10 +45,11 @@ def test_every_point_lies_on_the_chart(values: list[float], log: bool, zero: boo
 
 
 @given(low=st.floats(1e-8, 1e8), ratio=st.floats(1.001, 1e12), log=st.booleans())
+@example(low=2.0, ratio=50_001.0, log=True)  # five decades, of which every second one would leave two
 def test_ticks_are_round_and_within_the_axis(low: float, ratio: float, log: bool):
     high = low * ratio
     ticks = tick_values(low, high, log=log)
-    assert 2 <= len(ticks) <= 9
+    assert 2 <= len(ticks) <= 8
     assert ticks == sorted(ticks)
     slack = 1e-6 * (high - low)
     assert low - slack <= ticks[0] and ticks[-1] <= high + slack
