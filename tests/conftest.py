@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from hypothesis.internal.conjecture import providers
 
 # In the environment rather than through `jax.config`, so that they hold in subprocesses too, and no test that does
 # without JAX or PyTorch pays for importing them. They must be set before those are imported, so before any test module.
@@ -31,6 +32,9 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("deterministic")
+# Constants of whatever modules happen to be loaded are drawn, too: which those are depends on what ran before, so that
+# one file alone, or the files of one of several workers, would see other examples than the whole suite.
+providers._get_local_constants = lambda: providers._local_constants  # type: ignore[attr-defined]
 
 
 def pytest_configure(config: pytest.Config) -> None:
