@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -83,8 +84,10 @@ class Recovery:
         self._spent = 0.0
         self._cost: float | None = None
         """seconds that a snapshot takes, once its memory is there"""
-        self._look_cost, self._unseen = 0.0, 0.0
-        """seconds that a look at weights and moments takes, and those trained since the last one"""
+        self._looks: deque[float] = deque([0.0, 0.0], maxlen=3)
+        """seconds that the last looks at weights and moments took; the least counts, for any may be interrupted"""
+        self._unseen = 0.0
+        """seconds trained since the last look"""
 
     @property
     def fallen_back(self) -> bool:
@@ -126,11 +129,12 @@ class Recovery:
         """
         self._unseen += self._seconds
         finite = True
-        allowed = self._look_cost <= max(SHORT_LOOK, self._config.max_cost * self._unseen)
+        allowed = min(self._looks) <= max(SHORT_LOOK, self._config.max_cost * self._unseen)
         if surely or allowed or self._due_after(self._intervals + 1, self._trained + self._seconds):
             began = perf_counter()
             finite = self._snapshots.all_finite()
-            self._look_cost, self._unseen = perf_counter() - began, 0.0
+            self._looks.append(perf_counter() - began)
+            self._unseen = 0.0
         return Condition(state_finite=finite, seconds=self._seconds, memory_bytes=math.nan)
 
     def judge(

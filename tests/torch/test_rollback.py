@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -410,23 +409,28 @@ def test_snapshots_come_as_often_as_they_may_cost(domain: Domain, controller: Co
 
 
 def test_weights_are_looked_at_as_often_as_that_may_cost_and_before_each_snapshot(
-    domain: Domain, controller: Controller
+    domain: Domain, controller: Controller, monkeypatch: pytest.MonkeyPatch
 ):
-    def looks(cost: float, every: int) -> list[int]:
-        loop = Loop(domain, controller, horizon=400, rollback=RollbackConfig(every=every))
+    now = 0.0
+    monkeypatch.setattr("metalearn.torch.recovery.perf_counter", lambda: now)
+
+    def looks(*costs: float) -> list[int]:
+        loop = Loop(domain, controller, horizon=400, rollback=RollbackConfig(every=6))
         recovery, looked = loop.scheduler._run.recovery, []
         assert recovery is not None
         snapshots = recovery._snapshots
         look = snapshots.all_finite
 
         def all_finite() -> bool:
+            nonlocal now
+            now += costs[min(len(looked), len(costs) - 1)]
             looked.append(loop.scheduler.steps // INTERVAL)
-            time.sleep(cost)
             return look()
 
         snapshots.all_finite = all_finite  # type: ignore[method-assign]
-        loop.advance(9 * INTERVAL)
+        loop.advance(13 * INTERVAL)
         return looked
 
-    assert looks(0.0, every=4) == list(range(1, 10))
-    assert looks(0.02, every=4) == [1, 4, 8]  # the first tells what it costs
+    always = list(range(1, 14))
+    assert looks(0.0) == looks(1.0, 1.0, 0.0) == looks(0.0, 1.0, 0.0) == always  # an interruption or two is no cost
+    assert looks(1.0) == [1, 2, 3, 6, 12]
