@@ -86,24 +86,6 @@ def check_options(options: Mapping[str, Any], *, needs_domain: bool = True) -> d
     return dict(options)
 
 
-def refuse_averaging(options: Mapping[str, Any], framework: str, length: str) -> None:
-    """Refuses what needs averaged weights to be evaluated, for a framework that does not.
-
-    Args:
-      options: of the user.
-      framework: its name.
-      length: its own setting of how long a run is.
-
-    Raises:
-      InvalidArgumentError: the horizon is given as unknown, or averages are asked for.
-    """
-    if options.get("horizon", "auto") is None or options.get("averaging"):
-        raise InvalidArgumentError(
-            f"{framework} evaluates and keeps weights as they are, not averaged: `horizon` must be known and "
-            f"`averaging` false; leave both out, and set `{length}` as long as you mean to train"
-        )
-
-
 def complete_options(options: Mapping[str, Any], found: Found) -> dict[str, Any]:
     """Fills what a user left open with what the framework knows; returns a MetaScheduler's keyword arguments.
 

@@ -29,6 +29,7 @@ from metalearn.integrations.options import Found, SchedulerOptions, check_option
 from metalearn.interactions import Interactions
 from metalearn.profiles import DomainProfile, profile_domain
 from metalearn.torch import MetaScheduler
+from metalearn.torch.arguments import check_averaging
 
 FAMILIES: Mapping[str, str] = {
     "BPR": "matrix_factorization",
@@ -177,16 +178,12 @@ def steer(trainer: Any, train_data: Any, **options: Unpack[SchedulerOptions]) ->
         metric=trainer.valid_metric,
         mode="max" if trainer.valid_metric_bigger else "min",
     )
-    scheduler = MetaScheduler(
-        trainer.optimizer,
-        model=trainer.model,
-        controller=loaded,
-        domain=profile,
-        **complete_options(checked, found),
-    )
+    completed = complete_options(checked, found)
+    averaging = check_averaging(completed["averaging"], completed["horizon"])
+    scheduler = MetaScheduler(trainer.optimizer, model=trainer.model, controller=loaded, domain=profile, **completed)
     _follow_steps(trainer, scheduler)
     _follow_validation(trainer, scheduler)
-    _follow_checkpoints(trainer, scheduler)
+    _follow_checkpoints(trainer, scheduler, averaging=averaging)
     return scheduler
 
 
@@ -263,14 +260,15 @@ def _follow_validation(trainer: Any, scheduler: MetaScheduler) -> None:
     trainer._valid_epoch, trainer.evaluate = report, evaluate_averaged
 
 
-def _follow_checkpoints(trainer: Any, scheduler: MetaScheduler) -> None:
+def _follow_checkpoints(trainer: Any, scheduler: MetaScheduler, *, averaging: bool) -> None:
     model, resume, save = trainer.model, trainer.resume_checkpoint, trainer._save_checkpoint
     own_parameter, load_parameter = model.other_parameter, model.load_other_parameter
     held: list[tuple[Mapping[str, Any], Sequence[torch.Tensor]]] = []
     weights: list[torch.Tensor] = []
 
+    @wraps(save)
     def save_checkpoint(*arguments: Any, **keywords: Any) -> None:
-        weights[:] = [parameter.detach().clone() for parameter in model.parameters()]
+        weights[:] = [parameter.detach().clone() for parameter in model.parameters() if averaging]
         with scheduler.averaged_parameters():
             save(*arguments, **keywords)
         weights.clear()
@@ -284,6 +282,7 @@ def _follow_checkpoints(trainer: Any, scheduler: MetaScheduler) -> None:
         held[:] = [(rest.pop(STATE_KEY), rest.pop(WEIGHTS_KEY, ()))] if STATE_KEY in rest else []
         load_parameter(rest)
 
+    @wraps(resume)
     def resume_checkpoint(*arguments: Any, **keywords: Any) -> None:
         resume(*arguments, **keywords)
         if not held:
@@ -293,7 +292,7 @@ def _follow_checkpoints(trainer: Any, scheduler: MetaScheduler) -> None:
         ((state, saved),) = held
         scheduler.load_state_dict(state)
         with torch.no_grad():
-            for parameter, value in zip(model.parameters(), saved, strict=False):  # older checkpoints hold none
+            for parameter, value in zip(model.parameters() if saved else (), saved, strict=True):
                 parameter.copy_(value)
 
     model.other_parameter, model.load_other_parameter = other_parameter, load_other_parameter

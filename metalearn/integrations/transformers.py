@@ -26,7 +26,7 @@ except ImportError as missing:
 
 from metalearn.errors import InvalidArgumentError
 from metalearn.integrations.deferred import DeferredScheduler
-from metalearn.integrations.options import Found, SchedulerOptions, refuse_averaging
+from metalearn.integrations.options import Found, SchedulerOptions
 from metalearn.torch import MetaScheduler
 
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
@@ -59,7 +59,11 @@ class MetaSchedulerCallback(TrainerCallback, ExportableState):  # pyright: ignor
     """
 
     def __init__(self, **options: Unpack[SchedulerOptions]) -> None:
-        refuse_averaging(options, "Transformers' Trainer", "max_steps")
+        if options.get("horizon", "auto") is None or options.get("averaging"):
+            raise InvalidArgumentError(
+                "Transformers' Trainer evaluates and keeps weights as they are, not averaged: `horizon` must be known "
+                "and `averaging` false; leave both out, and set `max_steps` as long as you mean to train"
+            )
         self._deferred = DeferredScheduler(options)
         self._forward_hook: Any = None
         self._recorded = False

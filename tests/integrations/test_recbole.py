@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from envs.domains import Domain
-from metalearn.errors import InvalidArgumentError
+from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.torch import MetaScheduler
 from tests.integrations.contract import (
     CHECKS,
@@ -26,7 +26,7 @@ from tests.integrations.contract import (
 )
 
 pytest.importorskip("recbole", reason="RecBole is not installed")
-from metalearn.integrations.recbole import FAMILIES, patch_recbole, profile_training_data, steer
+from metalearn.integrations.recbole import FAMILIES, WEIGHTS_KEY, patch_recbole, profile_training_data, steer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # RecBole is of 2023: deprecations by the dozen
 LOADED = {"inter": ["user_id", "item_id", "rating", "timestamp"]}
@@ -285,8 +285,13 @@ def test_with_averaging_off_the_rate_decays_and_weights_are_as_they_are(job: Job
     parts.trainer.fit(parts.train, parts.valid, verbose=False)
     assert scheduler.multiplier(scheduler.steps - 1) < 0.5
     parts.trainer._save_checkpoint(EPOCHS - 1, verbose=False)
-    saved = torch.load(parts.trainer.saved_model_file, weights_only=False)["state_dict"]
-    assert all(map(torch.equal, saved.values(), weights_of(parts.model)))
+    saved = torch.load(parts.trainer.saved_model_file, weights_only=False)
+    assert all(map(torch.equal, saved["state_dict"].values(), weights_of(parts.model)))
+    assert saved["other_parameter"][WEIGHTS_KEY] == []  # nothing is kept twice
+    again = prepared(job)
+    steer(again.trainer, again.train, controller=job.controller)
+    with pytest.raises(SessionError, match="start it with the arguments of the saved run"):
+        again.trainer.resume_checkpoint(parts.trainer.saved_model_file)
 
 
 def test_the_profile_is_of_the_training_interactions(job: Job):
