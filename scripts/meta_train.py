@@ -5,8 +5,9 @@
 
 DIR holds one parquet or CSV file of interactions per domain, and optionally a MANIFEST.json that gives each a role:
 "meta-training" domains are learnt from, "validation" domains choose the iteration that is released. Killed, it resumes.
-`laptop` takes hours on 2 cores and trains the families that 2 cores can train on whole domains; a family that has a
-base in the file gets that base, at rest, if it has no recipe, or if validation speaks against what was learnt for it.
+`laptop` takes an hour or two on 2 cores and trains the families that 2 cores can train on whole domains; a family that
+has a base in the file gets that base, at rest, if it has no recipe, or if validation speaks against what was learnt for
+it.
 `gpu` trains all five families, for many times as long.
 """
 

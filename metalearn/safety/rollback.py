@@ -32,7 +32,8 @@ class RollbackConfig:
       every: intervals between snapshots; 1 loses one interval of work at most. None: each interval as long as that
         takes no more than `max_cost` of the training time, as measured, else as often as it allows, and at least
         every tenth interval.
-      max_cost: share of the training time, in (0, 1).
+      max_cost: share of the training time, in (0, 1), for snapshots; as much again may go into looking at the
+        weights and moments of a large model between them.
       max_rollbacks: the run falls back to the base schedule for good at this rollback in succession, without a new
         snapshot in between. That one leaves the position in the data where it is, so that a batch which nothing
         survives is passed by; from then on only weights or moments that are not finite are gone back from, and a want

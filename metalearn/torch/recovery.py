@@ -85,7 +85,8 @@ class Recovery:
         self._cost: float | None = None
         """seconds that a snapshot takes, once its memory is there"""
         self._looks: deque[float] = deque([0.0, 0.0], maxlen=3)
-        """seconds that the last looks at weights and moments took; the least counts, for any may be interrupted"""
+        """seconds that the last looks at weights and moments took, 0 before there were any; the least counts, for one
+        may be interrupted"""
         self._unseen = 0.0
         """seconds trained since the last look"""
 

@@ -1,4 +1,4 @@
-"""What PyTorch makes of every recommender: compiled, in low precision, in training."""
+"""What PyTorch makes of every recommender: compiled, and in low precision."""
 
 from __future__ import annotations
 
