@@ -188,6 +188,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few episodes, under a minute, nothing written")
     parser.add_argument("--incidents", type=Path, help="JSON file of incidents instead of the built-in mix")
+    parser.add_argument("--seed", type=int, help="of the draw of episodes, instead of the mix's own")
     parser.add_argument("--episodes", type=int, help="about so many, in the proportions of the mix")
     parser.add_argument("--data", type=Path, help="a folder of further domains, see envs.public.load_folder")
     parser.add_argument("--domains", type=int, default=4, help="simulated ones, and slices of the bundled one")
@@ -203,6 +204,8 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("envs.public").setLevel(logging.ERROR)
     mix = Mix() if arguments.incidents is None else read_mix(arguments.incidents)
+    if arguments.seed is not None:
+        mix = replace(mix, seed=arguments.seed)
     budget, seeds, domains = Budget(), FALLBACK_SEEDS, arguments.domains
     if arguments.quick:
         mix, budget, seeds, domains = mix.scaled(1), Budget(steps=48, interval=4, batch_size=64), 4, 1

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from io import FileIO
 from itertools import chain
@@ -37,6 +38,8 @@ from metalearn.audit.record import (
 )
 from metalearn.audit.storage import (
     anchor_path,
+    commit,
+    commit_behind,
     find_head,
     missing_anchor,
     read_anchor,
@@ -49,12 +52,12 @@ from metalearn.audit.storage import (
     write_anchor,
 )
 from metalearn.controller.decision import Decision
-from metalearn.errors import InvalidArgumentError
+from metalearn.errors import AuditError, InvalidArgumentError
 from metalearn.profiles import DomainProfile
 
 
 class AuditLog:
-    """Appends records to an audit log; each is on the disk when `append` returns.
+    """Appends records to an audit log; each is on the disk when `append` returns, unless told not to wait for that.
 
     Several processes may continue one log: it is opened and locked for each record. After a kill the next one to open
     it drops an unfinished last line and notes that in the log; nothing else is ever repaired.
@@ -100,22 +103,27 @@ class AuditLog:
         self._name, self._tenant, self._key = name, tenant, check_key(key)
         self._head = START
         self._seen: tuple[int, ...] | None = None
+        self._behind: tuple[int, Future[None]] | None = None
+        """process that left a record to be committed, and what says when it is"""
         with writable(self.path) as file:
             self._catch_up(file)
 
-    def append(self, kind: RecordKind | str, content: Mapping[str, Any]) -> int:
+    def append(self, kind: RecordKind | str, content: Mapping[str, Any], *, wait: bool = True) -> int:
         """Writes one record.
 
         Args:
           kind: what it is about, except those that the log itself writes.
           content: JSON-ready; not-finite floats become null, NumPy values plain ones.
+          wait: whether to return only when the disk has it. Otherwise the operating system has it: a kill of the
+            process leaves it there, a loss of power may not. Another thread then waits for the disk and moves the
+            anchor, and the next writer waits for that thread, as `flush` and the end of the interpreter do.
 
         Returns:
           The record's sequence number.
 
         Raises:
           InvalidArgumentError: an unknown kind, or content that is not JSON-ready.
-          AuditError: the log was altered meanwhile, or cannot be written.
+          AuditError: the log was altered meanwhile, or cannot be written, or the record before could not be committed.
         """
         allowed = [known.value for known in RecordKind if known not in OWN_KINDS]
         if kind not in allowed:
@@ -126,14 +134,32 @@ class AuditLog:
             plain = _plain(content)
         except RecursionError as error:
             raise InvalidArgumentError("`content` is nested too deeply, or in itself; pass a flatter dict") from error
+        self.flush()
         with writable(self.path) as file:
             self._catch_up(file)
-            self._write(file, RecordKind(kind), plain)
+            self._write(file, RecordKind(kind), plain, wait=wait)
             return self._head.sequence
 
-    def record_decision(self, decision: Decision, **context: Any) -> int:
+    def flush(self) -> None:
+        """Waits until the disk has every record that this object has written.
+
+        Raises:
+          AuditError: it did not take the last one.
+        """
+        behind, self._behind = self._behind, None
+        if behind is None or behind[0] != os.getpid():  # a fork's own copy is never told
+            return
+        try:
+            behind[1].result()
+        except OSError as error:
+            raise AuditError(
+                f"the last record of the audit log {self.path} may not be on the disk: {error}; make room, or pass "
+                "another path"
+            ) from error
+
+    def record_decision(self, decision: Decision, *, wait: bool = True, **context: Any) -> int:
         """Writes a decision with its reasons, and whatever else gives it context; returns the sequence number."""
-        return self.append(RecordKind.DECISION, {**decision.as_dict(), **context})
+        return self.append(RecordKind.DECISION, {**decision.as_dict(), **context}, wait=wait)
 
     def record_profile(self, profile: DomainProfile, **context: Any) -> int:
         """Writes a domain's profile, and whatever else gives it context; returns the sequence number.
@@ -149,6 +175,7 @@ class AuditLog:
         if before is not None and before.tzinfo is None:
             raise InvalidArgumentError(f"`before` must have a time zone, got {before}; add tzinfo=datetime.UTC")
         limit = None if before is None else format_time(before)
+        self.flush()
         with writable(self.path) as file:
             self._catch_up(file)
             # A log that was altered is evidence: it is not rewritten.
@@ -181,10 +208,12 @@ class AuditLog:
             replaced = 0 if head == START else unfinished
             self._write(file, RecordKind.REPAIR, {"dropped_bytes": unfinished}, replaced)
         elif read_anchor(self.anchor) != self._head:
-            write_anchor(self.anchor, self._head)
+            commit(file.fileno(), self.anchor, self._head)
         self._seen = _identity(file)
 
-    def _write(self, file: FileIO, kind: RecordKind, content: Mapping[str, Any], unfinished: int = 0) -> None:
+    def _write(
+        self, file: FileIO, kind: RecordKind, content: Mapping[str, Any], unfinished: int = 0, *, wait: bool = True
+    ) -> None:
         """Adds a record, in the place of an unfinished line if there is one, and moves the anchor to it."""
         line, head = self._seal(kind, content)
         if unfinished:
@@ -192,7 +221,10 @@ class AuditLog:
         else:
             write_all(file, line)
         self._head, self._seen = head, _identity(file)
-        write_anchor(self.anchor, head)
+        if wait:
+            commit(file.fileno(), self.anchor, head)
+        else:
+            self._behind = os.getpid(), commit_behind(file, self.anchor, head)
 
     def _seal(self, kind: RecordKind, content: Mapping[str, Any]) -> tuple[bytes, Head]:
         return seal(

@@ -2,9 +2,10 @@
 
 Order of writes, so that a kill between any two leaves something that the next writer can continue: the anchor at
 `START`, then the log; a record, flushed to the disk, then the anchor. So the anchor never names a record that is not
-there. It has two lines, of which the older one is replaced in place: a torn write leaves the other, and so does a
-reader that comes at that moment find one. It is not flushed: after a loss of power an older one is on the disk, which
-is behind the log, as after a kill.
+there. Where the writer does not wait for the disk, another thread keeps that order, and the log stays locked until it
+has moved the anchor. That has two lines, of which the older one is replaced in place: a torn write leaves the other,
+and so does a reader that comes at that moment find one. It is not flushed: after a loss of power an older one is on the
+disk, which is behind the log, as after a kill.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from io import BufferedWriter, FileIO
 from pathlib import Path
 
@@ -53,29 +56,84 @@ def writable(path: Path) -> Iterator[FileIO]:
       AuditError: the operating system refuses something, in the block too.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            with FileIO(path, "a+") as file:
+            with _appending(path) as file:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX)
                 # An erasure may have put another file in its place while this one waited for the lock.
-                if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                if _is_at(path, file):
                     yield file
                     return
     except OSError as error:
         raise AuditError(f"cannot write the audit log {path}: {error}; make room, or pass another path") from error
 
 
+def _appending(path: Path) -> FileIO:
+    try:
+        return FileIO(path, "a+")
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileIO(path, "a+")
+
+
+def _is_at(path: Path, file: FileIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def write_all(file: FileIO, content: bytes) -> None:
-    """Writes, and waits until the disk has it."""
+    """Writes; a kill of the process leaves it there, a loss of power may not."""
     view = memoryview(content)
     while view:
         view = view[file.write(view) :]
-    os.fsync(file.fileno())
+
+
+def commit(descriptor: int, anchor: Path, head: Head) -> None:
+    """Waits until the disk has a log up to a head, and moves the anchor to it."""
+    os.fsync(descriptor)
+    write_anchor(anchor, head)
+
+
+def commit_behind(file: FileIO, anchor: Path, head: Head) -> Future[None]:
+    """Commits in another thread; the log stays locked until that is done.
+
+    Args:
+      file: the log, open and locked; it may be closed before.
+      anchor: path of the anchor.
+      head: of the log.
+    """
+    descriptor = os.dup(file.fileno())  # shares the lock
+
+    def work() -> None:
+        try:
+            commit(descriptor, anchor, head)
+        finally:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would leave it to a process forked meanwhile
+            os.close(descriptor)
+
+    try:
+        return _committer().submit(work)
+    except RuntimeError:  # the interpreter is about to end, and starts no threads any more
+        done: Future[None] = Future()
+        done.set_result(work())
+        return done
+
+
+@lru_cache(maxsize=1)
+def _committer() -> ThreadPoolExecutor:
+    """Returns the thread that commits; what is left to it is done before the interpreter ends."""
+    return ThreadPoolExecutor(1, "metalearn-audit")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_committer.cache_clear)  # a fork has the object, but not its thread
 
 
 def replace_unfinished(path: Path, unfinished_bytes: int, line: bytes) -> None:
-    """Writes a record over the unfinished last line.
+    """Writes a record over the unfinished last line; `commit` is to follow.
 
     It is written before what is left of the old line is cut off: if it is killed in between, the rest is an unfinished
     last line again, and the record that tells of it is there.
@@ -83,8 +141,8 @@ def replace_unfinished(path: Path, unfinished_bytes: int, line: bytes) -> None:
     with FileIO(path, "r+") as file:
         file.seek(-unfinished_bytes, os.SEEK_END)
         write_all(file, line)
-        file.truncate(file.tell())
         os.fsync(file.fileno())
+        file.truncate(file.tell())
 
 
 def replace_log(path: Path, lines: Iterable[bytes]) -> None:

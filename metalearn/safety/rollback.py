@@ -32,12 +32,12 @@ class RollbackConfig:
       every: intervals between snapshots; 1 loses one interval of work at most. None: each interval as long as that
         takes no more than `max_cost` of the training time, as measured, else as often as it allows, and at least
         every tenth interval.
-      max_cost: share of the training time, in (0, 1), for snapshots; as much again may go into looking at the
+      max_cost: share of the training time, in (0, 1), for snapshots; a fifth of it more may go into looking at the
         weights and moments of a large model between them.
       max_rollbacks: the run falls back to the base schedule for good at this rollback in succession, without a new
         snapshot in between. That one leaves the position in the data where it is, so that a batch which nothing
-        survives is passed by; from then on only weights or moments that are not finite are gone back from, and a want
-        of memory, that as often again.
+        survives is passed by; from then on only weights or moments that are not finite are gone back from, and as
+        often again a want of memory and, until the next snapshot, divergence.
       loss_ratio: a mean loss so many times its best running level is divergence; above 1.
       validation_noise: a fall of validation is collapse beyond so many standard deviations of its noise,
       validation_drop: and beyond this share of its recent level.
@@ -152,7 +152,7 @@ def update(config: RollbackConfig, state: RollbackState, health: Health) -> tupl
     >>> update(RollbackConfig(), state, good._replace(loss=2.4))[1]
     ('the mean loss 2.4 lies far above its best running level 0.6',)
     """
-    rules = (_nonfinite_state,) if state.fallen_back else RULES
+    rules = _rules(config, state)
     reasons = tuple(reason for rule in rules if (reason := rule(config, state, health)) is not None)
     if reasons:
         return state, reasons
@@ -165,6 +165,14 @@ def update(config: RollbackConfig, state: RollbackState, health: Health) -> tupl
     if math.isfinite(health.validation):
         state = state._replace(validations=(*state.validations, health.validation)[-VALIDATIONS_KEPT:])
     return state, ()
+
+
+def _rules(config: RollbackConfig, state: RollbackState) -> tuple[Any, ...]:
+    """Returns those that hold: what made the run fall back may go on for an interval or two, in data passed by."""
+    if not state.fallen_back:
+        return RULES
+    passing_by = config.max_rollbacks <= state.rollbacks < 2 * config.max_rollbacks
+    return (_nonfinite_state, _divergence) if passing_by else (_nonfinite_state,)
 
 
 def rolled_back(config: RollbackConfig, saved: RollbackState, found: RollbackState) -> RollbackState:

@@ -24,6 +24,8 @@ MOST_INTERVALS = 10
 """Intervals between snapshots at the most, whatever they cost, where the config does not say."""
 SHORT_LOOK = 0.005
 """Seconds that a look at weights and moments may always take."""
+LOOK_SHARE = 0.2
+"""Of `max_cost`, for looks between snapshots: the losses of every step are judged in any case."""
 
 
 class Condition(NamedTuple):
@@ -122,15 +124,14 @@ class Recovery:
         """Looks at weights, moments and clock; memory is left to the caller.
 
         Tables of millions of rows take as long to look at as some steps. Then weights and moments are looked at where a
-        snapshot may be due, which is never to hold what is not finite, and else no more often than `max_cost` of the
-        training time allows; the losses of every step are judged in any case.
+        snapshot may be due, which is never to hold what is not finite, and else no more often than `LOOK_SHARE` allows.
 
         Args:
           surely: look, whatever it costs.
         """
         self._unseen += self._seconds
         finite = True
-        allowed = min(self._looks) <= max(SHORT_LOOK, self._config.max_cost * self._unseen)
+        allowed = min(self._looks) <= max(SHORT_LOOK, LOOK_SHARE * self._config.max_cost * self._unseen)
         if surely or allowed or self._due_after(self._intervals + 1, self._trained + self._seconds):
             began = perf_counter()
             finite = self._snapshots.all_finite()

@@ -105,6 +105,7 @@ class Run:
             self.optimizer._metalearn_attached = False  # type: ignore[attr-defined]
             if self.ranks is not None:
                 self.ranks.release()
+            self.log.end()
 
     @property
     def decision(self) -> Decision:

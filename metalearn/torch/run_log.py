@@ -42,11 +42,19 @@ class RunLog:
         self.first = None
 
     def decision(self, decision: Decision, context: Mapping[str, Any], *, first: bool) -> None:
-        """Logs a decision, with what was measured in the interval before it; the first waits."""
+        """Logs a decision, with what was measured in the interval before it; the first waits.
+
+        Training goes on while the disk takes the record: to wait for that costs more than to decide.
+        """
         if first:
             self.first = decision
         elif self._log is not None:
-            self._log.record_decision(decision, **context)
+            self._log.record_decision(decision, wait=False, **context)
+
+    def end(self) -> None:
+        """Waits until the disk has all that was logged."""
+        if self._log is not None:
+            self._log.flush()
 
     def rollback(self, record: Rollback) -> None:
         """Logs a return to the last good snapshot."""

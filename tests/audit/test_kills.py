@@ -115,6 +115,12 @@ def append(path: Path) -> None:
     AuditLog(path).append("note", {"index": "killed"})
 
 
+def append_behind(path: Path) -> None:
+    log = AuditLog(path)
+    log.append("note", {"index": "killed"}, wait=False)
+    log.flush()
+
+
 def erase_it(path: Path) -> None:
     erase(path, tenant="a")
 
@@ -126,6 +132,9 @@ def erase_it(path: Path) -> None:
         (nothing, append),
         (three_records, append),
         (long_log, append),
+        (nothing, append_behind),
+        (three_records, append_behind),
+        (torn, append_behind),
         (torn, append),
         (torn_a_little, append),
         (torn_genesis, append),
@@ -195,15 +204,16 @@ import sys
 from metalearn.audit import AuditLog
 log = AuditLog(sys.argv[1])
 while True:
-    print(log.append("note", {"text": "x" * 20000}), flush=True)
+    print(log.append("note", {"text": "x" * 20000}, wait=sys.argv[2] == "wait"), flush=True)
 """
 
 
-def test_processes_that_are_really_killed(tmp_path: Path):
+@pytest.mark.parametrize("wait", ["wait", "behind"])
+def test_processes_that_are_really_killed(tmp_path: Path, wait: str):
     path, acknowledged = tmp_path / "log", 0
     for delay in (0.0, 0.003, 0.02):
         with subprocess.Popen(
-            [sys.executable, "-c", APPEND, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", APPEND, path, wait], cwd=ROOT, stdout=subprocess.PIPE, text=True
         ) as process:
             assert process.stdout is not None
             acknowledged = int(process.stdout.readline())
@@ -230,3 +240,20 @@ def test_a_full_disk_is_said_and_survived(tmp_path: Path, monkeypatch: pytest.Mo
     assert log.append("note", {}) == 2
     assert [record.kind for record in read_records(log.path)] == ["genesis", "repair", "note"]
     assert verify(log.path).records == 3
+
+
+def test_a_disk_that_does_not_take_a_record_is_said_by_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    log = AuditLog(tmp_path / "log")
+
+    def fails(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", fails)
+        log.append("note", {"index": 0}, wait=False)
+        with pytest.raises(AuditError, match=r"may not be on the disk: .*Input/output error; make room"):
+            log.append("note", {"index": 1})
+    assert verify(log.path).ahead == 1  # the anchor names nothing that the disk may not have
+    log.append("note", {"index": 2})
+    assert [record.content for record in read_records(log.path)][1:] == [{"index": 0}, {"index": 2}]
+    assert verify(log.path).ahead == 0

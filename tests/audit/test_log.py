@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 
 import metalearn
-from metalearn.audit import AuditLog, RecordKind, read_decisions, read_key, read_records, verify
+from metalearn.audit import AuditLog, RecordKind, read_decisions, read_key, read_records, storage, verify
 from metalearn.audit.record import MAX_LINE_BYTES, Head, seal, split_line
 from metalearn.audit.storage import TAIL_BYTES, read_lines, replace_log, writable
 from metalearn.controller import Decision
@@ -239,6 +241,53 @@ def test_the_anchor_holds_the_last_two_heads(tmp_path: Path):
         anchored = [json.loads(line) for line in log.anchor.read_text().splitlines()]
         assert {head["seq"] for head in anchored} == {last - 1, last}
         assert {head["hash"] for head in anchored} == hashes
+
+
+def test_the_anchor_follows_once_the_disk_has_what_nobody_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    log, other = AuditLog(tmp_path / "log"), AuditLog(tmp_path / "log")
+    slow, synced = threading.Event(), storage.os.fsync
+
+    def waits(descriptor: int) -> None:
+        assert slow.wait(10)
+        synced(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", waits)
+        assert log.append("note", {"index": 0}, wait=False) == 1
+        assert (verify(log.path).records, verify(log.path).ahead) == (2, 1)
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(other.append, "note", {"index": 1})
+            with pytest.raises(TimeoutError):  # it would overtake the record whose anchor is to come
+                second.result(0.1)
+            slow.set()
+            assert second.result(10) == 2
+    log.flush()
+    assert (verify(log.path).records, verify(log.path).ahead) == (3, 0)
+
+
+FORKS = """
+import os, sys
+from metalearn.audit import AuditLog
+log = AuditLog(sys.argv[1])
+for _ in range(20):
+    log.append("note", {}, wait=False)
+    if os.fork() == 0:
+        log.append("note", {"of": "child"}, wait=False)
+        log.flush()
+        os._exit(0)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+log.append("note", {"of": "the end"}, wait=False)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_forks_append_on_their_own_and_the_end_of_the_interpreter_waits_for_the_disk(tmp_path: Path):
+    subprocess.run([sys.executable, "-c", FORKS, tmp_path / "log"], cwd=ROOT, timeout=60, check=True)
+    assert (verify(tmp_path / "log").records, verify(tmp_path / "log").ahead) == (42, 0)
 
 
 def test_a_writer_that_waits_for_an_erasure_writes_to_the_new_file(tmp_path: Path):

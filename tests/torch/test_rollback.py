@@ -235,6 +235,38 @@ def test_repeated_rollbacks_end_in_the_base_schedule_and_pass_the_data_by(
     assert '"rollback"' in log.read_text(encoding="utf-8")
 
 
+def test_losses_that_spike_over_two_intervals_of_the_data_are_passed_by(domain: Domain, controller: Controller):
+    loop = Loop(domain, controller, horizon=HORIZON)
+    loop.advance(2 * INTERVAL)
+    good = loop.contents()[0]
+    drawn, next_batch = 0, loop.run.sampler.next
+    places: dict[str, int] = {}
+
+    def numbered() -> Any:
+        """Draw a batch, and know its number again when the position is set back."""
+        nonlocal drawn
+        drawn = places.setdefault(str(loop.run.sampler.state_dict()), len(places))
+        return next_batch()
+
+    loop.run.sampler.next = numbered  # type: ignore[method-assign]
+    for _ in range(5 * INTERVAL):
+        loss = loop.run.backward()
+        spike = 1e4 if INTERVAL - 2 <= drawn < INTERVAL + 2 else 1.0
+        for p in loop.run.model.parameters():
+            p.grad *= spike
+        loop.run.optimizer.step()
+        loop.run.optimizer.zero_grad()
+        loop.schedule.step()
+        loop.scheduler.step(spike * loss.detach())
+        if loop.scheduler.should_validate:
+            loop.report()
+            if loop.scheduler.rolled_back:
+                assert torch.equal(loop.contents()[0], good)
+    assert [record.fallback for record in loop.scheduler.rollbacks] == [False, False, True, True]
+    assert loop.scheduler.steps == 3 * INTERVAL  # of five intervals one is left, in which nothing of the spike is
+    assert loop.run.optimizer.state[next(loop.run.model.parameters())]["exp_avg_sq"].max() < 1.0
+
+
 @pytest.mark.parametrize("where", ["loss", "validation", "throughput", "memory"])
 def test_each_trigger_reaches_the_run(domain: Domain, controller: Controller, where: str):
     constraints = {
