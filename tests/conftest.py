@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -45,3 +49,14 @@ def pytest_configure(config: pytest.Config) -> None:
         path = Path(folder.name, variable.lower())
         path.mkdir()
         os.environ[variable] = str(path)
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Callable[[str], ModuleType]]:
+    """Return what imports a script by name, as Python does that runs it: with its folder in the path."""
+    folder = str(Path(__file__).resolve().parent.parent / "scripts")
+    sys.path.insert(0, folder)
+    try:
+        yield import_module
+    finally:
+        sys.path.remove(folder)

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 LENGTH, TURN = 50, 10
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Any]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import bench_overhead
-
-        yield bench_overhead
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def bench(scripts: Any) -> Any:
+    return scripts("bench_overhead")
 
 
 def steps_of(bench: Any, *, usual: float, decision: float, noise: float, intervals: int = 40) -> list[Any]:

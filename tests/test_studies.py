@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +12,7 @@ import pytest
 from metalearn import load_controller
 from metalearn.controller import load_checkpoint, save_checkpoint
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 LOW, MIDDLE, HIGH = ({"learning_rate": rate, "weight_decay": 0.1, "beta1": 0.9, "dropout": 0.0} for rate in (1, 2, 3))
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[Any]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield import_module
-    finally:
-        sys.path.remove(str(SCRIPTS))
 
 
 def row(family: str, configuration: dict[str, float], score: float, horizon: str = "unknown") -> dict[str, Any]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -15,7 +13,6 @@ from metalearn import Interactions
 from metalearn.errors import InteractionsError
 
 HERE = Path(__file__).parent
-SCRIPTS = HERE.parents[1] / "scripts"
 NAMES = (
     *("space", "config", "profile", "checkpoint", "sealed_checkpoint", "audit", "anchor", "report"),
     *("interactions_csv", "interactions_parquet", "bases", "incidents", "ledger", "snapshot"),
@@ -24,12 +21,8 @@ ONCE_BROKE = {"interactions_parquet": ["panic.parquet"], "snapshot": sorted(p.na
 
 
 @pytest.fixture(scope="module")
-def fuzz() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        yield importlib.import_module("fuzz")
-    finally:
-        sys.path.remove(str(SCRIPTS))
+def fuzz(scripts: Any) -> ModuleType:
+    return scripts("fuzz")
 
 
 def test_every_target_is_here(fuzz: ModuleType):
