@@ -36,8 +36,9 @@ class RollbackConfig:
         weights and moments of a large model between them.
       max_rollbacks: the run falls back to the base schedule for good at this rollback in succession, without a new
         snapshot in between. That one leaves the position in the data where it is, so that a batch which nothing
-        survives is passed by; from then on only weights or moments that are not finite are gone back from, and as
-        often again a want of memory and, until the next snapshot, divergence.
+        survives is passed by, and so do those after it, the first for want of memory excepted. From then on only
+        weights or moments that are not finite are gone back from, and as often again a want of memory and, until the
+        next snapshot, divergence.
       loss_ratio: a mean loss so many times its best running level is divergence; above 1.
       validation_noise: a fall of validation is collapse beyond so many standard deviations of its noise,
       validation_drop: and beyond this share of its recent level.

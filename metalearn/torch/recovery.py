@@ -80,6 +80,8 @@ class Recovery:
         """Why the last interval that was judged is not gone back from, though validation collapsed in it."""
         self._collapsed = self._held = False
         """whether a collapse alone was gone back from, and whether what follows keeps to the values of before"""
+        self._starved = False
+        """whether a want of memory was gone back from since the last snapshot"""
         self._began, self._seconds = perf_counter(), 0.0
         self._intervals, self._trained = 0, 0.0
         """intervals since the last snapshot, and their seconds"""
@@ -213,7 +215,7 @@ class Recovery:
             self.turn_off()
             warnings.warn(f"this run cannot be rolled back: {error}", RuntimeWarning, stacklevel=2)
             return
-        self._state, self.needs_first, self._held = state, False, False
+        self._state, self.needs_first, self._held, self._starved = state, False, False, False
         if not self._snapshots.grew:
             self._cost = self._spent
         self._intervals, self._trained, self._spent = 0, 0.0, 0.0
@@ -238,16 +240,21 @@ class Recovery:
         """Returns a copy of the scheduler's state in the last good snapshot."""
         return self._snapshots.extra()["own"]
 
-    def restore(self, step: int, reason: str) -> Rollback:
+    def restore(self, step: int, reason: str, *, starved: bool = False) -> Rollback:
         """Brings the last good snapshot back.
+
+        After the fallback what lies in the data is passed by, but for the first want of memory: the batch size may be
+        among what is tracked, and is as it was only if that goes back too.
 
         Args:
           step: optimizer steps done.
           reason: why it is needed.
+          starved: whether that is a want of memory.
         """
         extra = self._snapshots.extra()
         self._state = rules.rolled_back(self._config, _state(extra["rules"]), self._state)
-        self._snapshots.restore(rewind=not self._state.fallen_back)
+        self._snapshots.restore(rewind=not self._state.fallen_back or (starved and not self._starved))
+        self._starved = self._starved or starved
         self._intervals, self._trained = 0, 0.0
         self.records.append(Rollback(step=step, to_step=extra["step"], reason=reason, fallback=self._state.fallen_back))
         return self.records[-1]

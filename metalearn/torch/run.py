@@ -263,14 +263,14 @@ class Run:
         recovery = self.recovery
         return recovery is not None and recovery.ready and not recovery.exhausted
 
-    def roll_back(self, reason: str) -> None:
-        """Goes back to the last good snapshot, and decides anew from there."""
+    def roll_back(self, reason: str, *, starved: bool = False) -> None:
+        """Goes back to the last good snapshot, for want of memory or another reason, and decides anew from there."""
         recovery = self.recovery
         assert recovery is not None
         step, saved, overridden = self.bindings.steps, recovery.saved(), self.overrides.values
         reshard(self.model)
         self._go_to(saved)  # before the optimizer: this puts back what a step that raised has left in its groups
-        record = recovery.restore(step, reason)
+        record = recovery.restore(step, reason, starved=starved)
         self.rolled_back = True
         self.log.rollback(record)
         if (undone := self.overrides.undone_since(overridden)) is not None:
@@ -290,7 +290,7 @@ class Run:
     def survive_out_of_memory(self, reason: str) -> None:
         """Goes back from a step that ran out of memory, and with constraints never to as large a batch."""
         self.constraining.ran_out_of_memory()
-        self.roll_back(reason)
+        self.roll_back(reason, starved=True)
         if (size := self.constraining.too_large) is not None and self.session.mode == "control":
             self.apply_change(self.overrides.impose({"batch_size": size}), author="constraint", reason=reason)
 

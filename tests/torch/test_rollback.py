@@ -338,6 +338,27 @@ def test_running_out_of_memory_after_the_fallback_is_survived_too(domain: Domain
     assert loop.scheduler.rolled_back and len(loop.scheduler.rollbacks) == 3
 
 
+def test_after_the_fallback_a_batch_size_that_does_not_fit_is_taken_back_and_a_batch_that_does_not_is_passed_by(
+    domain: Domain, controller: Controller
+):
+    def exhaust(raising: int) -> list[bool]:
+        """Run out of memory so many times, and return whether the position in the data was taken back each time."""
+        rewound = []
+        for _ in range(raising):
+            loop.step()
+            before = str(loop.run.sampler.state_dict())
+            with loop.scheduler.survive_out_of_memory():
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            rewound.append(str(loop.run.sampler.state_dict()) != before)
+        return rewound
+
+    loop = Loop(domain, controller, horizon=HORIZON)
+    loop.advance(2 * INTERVAL + 1)
+    assert exhaust(4) == [True, True, False, False] and loop.scheduler.rollbacks[-1].fallback
+    loop.advance(INTERVAL + 1)  # with a new snapshot
+    assert exhaust(3) == [True, False, False]
+
+
 def test_a_report_inside_averaged_parameters_saves_the_weights_themselves(domain: Domain, controller: Controller):
     outcomes = []
     for inside in (False, True):
