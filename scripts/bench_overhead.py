@@ -1,6 +1,6 @@
 """Measures what the controller costs a training run: by framework and by model, with and without it in one run.
 
-    python scripts/bench_overhead.py           # about 10 minutes on 2 cores, 2 GB of memory
+    python scripts/bench_overhead.py           # half an hour, 4 GB of memory
     python scripts/bench_overhead.py --quick   # under a minute: each model in a plain loop, each framework on one
 
 BPR matrix factorisation (the quickstart's), two towers, self-attention and a DLRM-like model with a table of 20 million
@@ -12,6 +12,8 @@ Every step is timed. On a busy machine some are interrupted, so sums would compa
 interquartile mean of the turns' ratios to their neighbours counts, of an interval's first and last two, which hold the
 decision and the probe, the median. `cpu_overhead_percent` is the same of the thread's processor time, which other
 processes disturb less.
+
+Runs are of 3 000 steps, which decide every 150; `long_overhead_percent` is of the smallest model in a run of 30 000.
 
 Memory is what the scheduler holds: in percent of what model, gradients and optimizer hold, and of the process.
 
@@ -43,7 +45,7 @@ import torch
 from overhead_figures import SNAPSHOTS_EVERY, is_safe, overhead, safety_overhead
 from overhead_loops import LOOPS, Step, Turns
 from overhead_memory import held_bytes, resident_bytes, trained_bytes
-from overhead_workloads import WORKLOADS
+from overhead_workloads import WORKLOADS, Workload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metalearn
@@ -55,8 +57,8 @@ from metalearn.torch import MetaScheduler, RollbackConfig
 from metalearn.torch.run import Run
 from provenance import provenance
 
-HORIZON = 3000
-"""Optimizer steps of the run that is begun; the quickstart's."""
+HORIZON, LONG_HORIZON = 3000, 30_000
+"""Optimizer steps of the run that is begun, the quickstart's, and of one that decides a tenth as often."""
 FIRST_INTERVAL = 1
 """The one before warms up processor and allocator, and may end in another interval."""
 SHORT_INTERVAL = 30
@@ -166,8 +168,7 @@ class Bench:
             return Turns(workload, read, **options)
 
         def start(turns: Turns, **options: Any) -> None:
-            known = {"domain": self._domain.profile, "batch_size": workload.batch_size, "controller": self._controller}
-            LOOPS[framework](turns, **known, horizon=HORIZON, **options)
+            LOOPS[framework](turns, **self._known(workload), horizon=HORIZON, **options)
 
         overall, quick = (framework, model) == OVERALL, self._quick
         turns = make(
@@ -207,20 +208,33 @@ class Bench:
             "resident_bytes_before": before,
         }
 
+    def _known(self, workload: Workload) -> dict[str, Any]:
+        return {"domain": self._domain.profile, "batch_size": workload.batch_size, "controller": self._controller}
+
+    def in_a_long_run(self) -> dict[str, float]:
+        """Returns the overhead on the smallest model in a plain loop, where decisions are far apart."""
+        torch.manual_seed(0)
+        framework, model = OVERALL
+        workload = WORKLOADS[model](self._domain)
+        turns = Turns(workload, clocks, intervals=10**6, seconds=5 if self._quick else 150)
+        LOOPS[framework](turns, **self._known(workload), horizon=3 * HORIZON if self._quick else LONG_HORIZON)
+        steps = [step for step in turns.steps if step.interval >= FIRST_INTERVAL]
+        percent, low, high = overhead(steps, 0, self._rng)
+        return {"long_overhead_percent": percent, "long_overhead_low": low, "long_overhead_high": high}
+
     def safety(self, model: str) -> dict[str, float]:
         """Returns what guard, audit log and snapshots cost a model in a plain loop."""
         torch.manual_seed(0)
         workload = WORKLOADS[model](self._domain)
-        seconds = (5 if model == OVERALL[1] else 2) if self._quick else 120
+        small = model == OVERALL[1]
+        seconds = (5 if small else 2) if self._quick else 120 if small else 300
         with tempfile.TemporaryDirectory() as folder:
             turns = Turns(workload, clocks, intervals=26 if self._quick else 200, seconds=seconds, switches=False)
             saved: list[int] = []
             run_with_and_without_safety(
                 turns,
                 saved,
-                domain=self._domain.profile,
-                batch_size=workload.batch_size,
-                controller=self._controller,
+                **self._known(workload),
                 horizon=HORIZON,
                 interval=SHORT_INTERVAL if self._quick else None,
                 decision_log=Path(folder) / "log.jsonl",
@@ -307,6 +321,13 @@ def main() -> None:
             flush=True,
         )
     record: dict[str, Any] = dict(by_cell.get("/".join(OVERALL), {}))
+    if record:
+        record |= (long := bench.in_a_long_run())
+        low, high = long["long_overhead_low"], long["long_overhead_high"]
+        print(
+            f"in a run of {LONG_HORIZON} steps: {long['long_overhead_percent']:.2f} % [{low:.2f}, {high:.2f}]",
+            flush=True,
+        )
     for model in arguments.models if OVERALL[0] in arguments.frameworks else ():
         cost = bench.safety(model)
         gc.collect()
