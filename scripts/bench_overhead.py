@@ -145,6 +145,12 @@ def time_decisions(start: Callable[[Turns], None], make: Callable[..., Turns], c
     return tuple(np.array(row) for row in seconds.values())
 
 
+def settled(turns: Turns) -> list[Step]:
+    """Returns the steps of intervals of the length that was settled on, less the first."""
+    interval = turns.scheduler.interval
+    return [step for step in turns.steps if step.interval >= FIRST_INTERVAL and step.length == interval]
+
+
 class Bench:
     """Measures one framework on one model after the other.
 
@@ -178,7 +184,7 @@ class Bench:
         )
         start(turns, interval=SHORT_INTERVAL if quick and not overall else None)
         scheduler = turns.scheduler
-        steps = [step for step in turns.steps if step.interval >= FIRST_INTERVAL and step.length == scheduler.interval]
+        steps = settled(turns)
         percent, low, high = overhead(steps, 0, self._rng)
         held, trained = held_bytes(scheduler, workload), trained_bytes(workload)
         process = resident_bytes()
@@ -218,8 +224,7 @@ class Bench:
         workload = WORKLOADS[model](self._domain)
         turns = Turns(workload, clocks, intervals=10**6, seconds=5 if self._quick else 150)
         LOOPS[framework](turns, **self._known(workload), horizon=3 * HORIZON if self._quick else LONG_HORIZON)
-        steps = [step for step in turns.steps if step.interval >= FIRST_INTERVAL]
-        percent, low, high = overhead(steps, 0, self._rng)
+        percent, low, high = overhead(settled(turns), 0, self._rng)
         return {"long_overhead_percent": percent, "long_overhead_low": low, "long_overhead_high": high}
 
     def safety(self, model: str) -> dict[str, float]:

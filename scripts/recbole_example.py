@@ -85,6 +85,7 @@ def train(name: str, arm: str, *, epochs: int, seed: int, folder: Path) -> dict[
     test = trainer.evaluate(test_data)
     metric = METRICS[name]
     return {
+        "seed": seed,
         "valid": float(valid[metric]),
         "test": float(test[metric]),
         "seconds": seconds,
@@ -105,8 +106,9 @@ def table(models: dict[str, dict[str, Any]]) -> str:
 
 def record(name: str, found: dict[str, Any]) -> None:
     """Writes the runs of a model beside those of others, and the table of all into the documentation."""
-    about = provenance(recbole=version("recbole"))
-    models = json.loads(RECORD.read_text(encoding="utf8"))
+    seeds = [run["seed"] for run in found["arms"][ARMS[0]]]
+    about = provenance(seeds=seeds, recbole=version("recbole"))
+    models = json.loads(RECORD.read_text(encoding="utf8")) if RECORD.exists() else {}
     models[name] = {**found, "provenance": about}
     models = {key: models[key] for key in MODELS if key in models}
     RECORD.write_text(json.dumps(models, indent=1) + "\n", encoding="utf8")

@@ -290,6 +290,19 @@ def test_forks_append_on_their_own_and_the_end_of_the_interpreter_waits_for_the_
     assert (verify(tmp_path / "log").records, verify(tmp_path / "log").ahead) == (42, 0)
 
 
+AT_EXIT = """
+import atexit, sys
+from metalearn.audit import AuditLog
+log = AuditLog(sys.argv[1])
+atexit.register(lambda: log.append("note", {}, wait=False))
+"""
+
+
+def test_a_record_of_when_no_thread_can_be_started_any_more_is_committed_at_once(tmp_path: Path):
+    subprocess.run([sys.executable, "-c", AT_EXIT, tmp_path / "log"], cwd=ROOT, timeout=60, check=True)
+    assert (verify(tmp_path / "log").records, verify(tmp_path / "log").ahead) == (2, 0)
+
+
 def test_a_writer_that_waits_for_an_erasure_writes_to_the_new_file(tmp_path: Path):
     log = AuditLog(tmp_path / "audit.jsonl")
     with writable(log.path) as file:
