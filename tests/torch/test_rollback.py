@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,136 +11,10 @@ import pytest
 import torch
 
 from envs.domains import Domain
-from envs.recommenders import MatrixFactorization
 from metalearn import Controller
 from metalearn.audit import read_decisions
 from metalearn.torch import Constraints, RollbackConfig
-from tests.torch.runs import Run, start
-
-INTERVAL, HORIZON = 6, 48
-EVERY = RollbackConfig(every=1)
-
-
-def adamw(model: MatrixFactorization) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameter_groups(), foreach=True)
-
-
-def momentum(model: MatrixFactorization) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-
-
-class Loop:
-    """A steered run with another scheduler, whose sampler and scheduler are tracked."""
-
-    def __init__(
-        self,
-        domain: Domain,
-        controller: Controller,
-        *,
-        optimizer: Callable[[MatrixFactorization], torch.optim.Optimizer] = adamw,
-        tracked: bool = True,
-        rollback: RollbackConfig | None = EVERY,
-        **options: Any,
-    ) -> None:
-        schedules: list[Any] = []
-        samplers: list[Any] = []
-
-        class Late:
-            """What is made after the MetaScheduler, tracked all the same."""
-
-            def __init__(self, made: list[Any]) -> None:
-                self._made = made
-
-            def state_dict(self) -> Any:
-                return self._made[0].state_dict()
-
-            def load_state_dict(self, state: Any) -> None:
-                self._made[0].load_state_dict(state)
-
-        def make(model: MatrixFactorization) -> torch.optim.Optimizer:
-            made = optimizer(model)
-            schedules.append(torch.optim.lr_scheduler.StepLR(made, 5, gamma=0.9))
-            return made
-
-        # The list is filled while `start` makes the optimizer, before it makes the MetaScheduler.
-        self.run: Run = start(
-            domain,
-            controller=controller,
-            optimizer=make,
-            interval=INTERVAL,
-            rollback=rollback,
-            **({"tracked": _Deferred(schedules, Late(samplers))} if tracked else {}),
-            **options,
-        )
-        self.schedule = schedules[0]
-        samplers.append(self.run.sampler)
-        assert self.run.scheduler is not None
-        self.scheduler = self.run.scheduler
-
-    def step(self, spoil: Callable[[Run], object] = lambda run: None) -> None:
-        run = self.run
-        loss = run.backward()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        self.schedule.step()
-        spoil(run)
-        self.scheduler.step(loss)
-
-    def report(self, value: float | None = None) -> None:
-        if self.scheduler.should_validate:
-            with self.scheduler.averaged_parameters():
-                score = self.run.model.score(torch.arange(8)).std().item()
-            self.scheduler.report(score if value is None else value)
-
-    def advance(self, steps: int) -> None:
-        for _ in range(steps):
-            self.step()
-            self.report()
-
-    def contents(self) -> list[Any]:
-        """Return all that training depends on."""
-        optimizer, scheduler = self.run.optimizer, self.scheduler
-        with scheduler.averaged_parameters():
-            averaged = [p.detach().clone() for p in self.run.model.parameters()]
-        moments = [v for p in self.run.model.parameters() for _, v in sorted(optimizer.state[p].items())]
-        return [
-            *(p.detach().clone() for p in self.run.model.parameters()),
-            *averaged,
-            *(v.clone() if isinstance(v, torch.Tensor) else v for v in moments),
-            torch.get_rng_state(),
-            self.schedule.state_dict()["last_epoch"],
-            [group["lr"] for group in optimizer.param_groups],
-            scheduler.steps,
-            scheduler.get_last_lr(),
-            scheduler.decision.groups,
-            scheduler.decision.run,
-            scheduler.decision.step,
-            self.run.model.dropout.p,
-        ]
-
-
-class _Deferred(list):
-    """What is tracked, of which the first is known only when the optimizer is made."""
-
-    def __init__(self, first: list[Any], *rest: Any) -> None:
-        super().__init__(rest)
-        self._first = first
-
-    def __iter__(self):
-        yield from self._first
-        yield from super().__iter__()
-
-
-def assert_same(one: list[Any], other: list[Any]) -> None:
-    for index, (mine, theirs) in enumerate(zip(one, other, strict=True)):
-        same = torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs
-        assert same, (index, mine, theirs)
-
-
-def spoil_weights(run: Run) -> None:
-    """What a thousandfold learning rate does."""
-    with torch.no_grad():
-        run.model.user.weight.mul_(1e30).mul_(1e30)
+from tests.torch.tracked_runs import HORIZON, INTERVAL, Loop, adamw, assert_same, momentum, spoil_weights
 
 
 @pytest.mark.parametrize("reports", [True, False], ids=["reports", "none"])
@@ -292,71 +165,6 @@ def test_each_trigger_reaches_the_run(domain: Domain, controller: Controller, wh
     reasons = {"loss": "mean loss", "validation": "collapsed", "throughput": "samples per second", "memory": "bytes"}
     assert reasons[where] in loop.scheduler.rollbacks[0].reason
     assert loop.scheduler.rolled_back == (where in ("loss", "validation"))
-
-
-def test_running_out_of_memory_is_survived_a_few_times(domain: Domain, controller: Controller):
-    loop = Loop(domain, controller, horizon=HORIZON)
-    loop.advance(2 * INTERVAL + 2)
-    own = [group["betas"] for group in loop.run.optimizer.param_groups]
-
-    def run_out(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    hook = loop.run.optimizer.register_step_pre_hook(run_out)  # after the values in force have been set
-    for _ in range(2 * 3):
-        with loop.scheduler.survive_out_of_memory():
-            loop.step()
-        assert loop.scheduler.rolled_back
-        assert loop.scheduler.steps == 2 * INTERVAL
-        assert loop.scheduler.rollbacks[-1].reason.startswith("out of memory: CUDA out of memory")
-        assert all(p.grad is None for p in loop.run.model.parameters())
-        assert [group["betas"] for group in loop.run.optimizer.param_groups] == own
-    with pytest.raises(torch.OutOfMemoryError), loop.scheduler.survive_out_of_memory():
-        loop.step()
-    hook.remove()
-    with loop.scheduler.survive_out_of_memory():
-        loop.step()
-    assert not loop.scheduler.rolled_back and loop.scheduler.steps == 2 * INTERVAL + 1
-    with pytest.raises(ZeroDivisionError), loop.scheduler.survive_out_of_memory():
-        raise ZeroDivisionError
-
-
-def test_running_out_of_memory_after_the_fallback_is_survived_too(domain: Domain, controller: Controller):
-    loop = Loop(domain, controller, horizon=HORIZON, rollback=RollbackConfig(every=1, max_rollbacks=1))
-    loop.advance(2 * INTERVAL + 2)
-    with loop.scheduler.survive_out_of_memory():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    assert loop.scheduler.rollbacks[-1].fallback
-    with loop.scheduler.survive_out_of_memory():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    assert loop.scheduler.rolled_back
-    with pytest.raises(torch.OutOfMemoryError), loop.scheduler.survive_out_of_memory():
-        raise torch.OutOfMemoryError("CUDA out of memory")  # without a good interval in between
-    loop.advance(3 * INTERVAL)
-    with loop.scheduler.survive_out_of_memory():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    assert loop.scheduler.rolled_back and len(loop.scheduler.rollbacks) == 3
-
-
-def test_after_the_fallback_a_batch_size_that_does_not_fit_is_taken_back_and_a_batch_that_does_not_is_passed_by(
-    domain: Domain, controller: Controller
-):
-    def exhaust(raising: int) -> list[bool]:
-        """Run out of memory so many times, and return whether the position in the data was taken back each time."""
-        rewound = []
-        for _ in range(raising):
-            loop.step()
-            before = str(loop.run.sampler.state_dict())
-            with loop.scheduler.survive_out_of_memory():
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            rewound.append(str(loop.run.sampler.state_dict()) != before)
-        return rewound
-
-    loop = Loop(domain, controller, horizon=HORIZON)
-    loop.advance(2 * INTERVAL + 1)
-    assert exhaust(4) == [True, True, False, False] and loop.scheduler.rollbacks[-1].fallback
-    loop.advance(INTERVAL + 1)  # with a new snapshot
-    assert exhaust(3) == [True, False, False]
 
 
 def test_a_report_inside_averaged_parameters_saves_the_weights_themselves(domain: Domain, controller: Controller):
