@@ -134,7 +134,11 @@ class Recovery:
         self._unseen += self._seconds
         finite = True
         allowed = min(self._looks) <= max(SHORT_LOOK, LOOK_SHARE * self._config.max_cost * self._unseen)
-        if surely or allowed or self._due_after(self._intervals + 1, self._trained + self._seconds):
+        if not surely and self._due_after(self._intervals + 1, self._trained + self._seconds):
+            with self.timed():
+                finite = self._snapshots.all_finite(copying=True)
+            self._unseen = 0.0
+        elif surely or allowed:
             began = perf_counter()
             finite = self._snapshots.all_finite()
             self._looks.append(perf_counter() - began)

@@ -16,7 +16,19 @@ import torch
 
 from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.safety.rollback import Place
-from metalearn.torch.copies import Held, Pairs, by_reference, copy_pairs, fresh, hold, num_bytes, put, put_all
+from metalearn.torch.copies import (
+    Held,
+    Pairs,
+    all_finite,
+    by_reference,
+    copy_looking,
+    copy_pairs,
+    fresh,
+    hold,
+    num_bytes,
+    put,
+    put_all,
+)
 from metalearn.torch.sharding import local
 from metalearn.torch.tracked import is_data, optimizer_state, random_state, reader, restore_tracked, set_random_state
 
@@ -91,6 +103,8 @@ class Snapshots:
         self._sizes = [0] * NUM_SLOTS
         """bytes of tensors in each"""
         self._good: int | None = None
+        self._ahead: dict[int, tuple[torch.Tensor, int]] = {}
+        """of the tensors in the next slot that hold a copy already, what was copied, and in which version"""
         self.grew = False
         """Whether the last `save` had to allocate memory."""
 
@@ -110,25 +124,35 @@ class Snapshots:
         return self._good is not None or (self._path is not None and self._path.exists())
 
     @torch.no_grad()
-    def all_finite(self) -> bool:
-        """Returns whether every parameter and every moment of the optimizers is finite."""
-        tensors = self._parameters()
-        for optimizer in self._optimizers:
-            for state in optimizer.state.values():
-                tensors += [v for v in state.values() if isinstance(v, torch.Tensor)] if isinstance(state, dict) else []
-        tensors = [
-            torch.view_as_real(t) if t.is_complex() else t
-            for t in map(local, tensors)
-            if t.layout is torch.strided and (t.is_floating_point() or t.is_complex()) and t.numel()
-        ]
-        by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for tensor in tensors:
-            by_device.setdefault(tensor.device, []).append(tensor.sum().float())
-        # A sum is not finite if a term is not, and takes a fiftieth of the time of `isfinite`. The sum of large finite
-        # numbers may overflow too, so then they are looked at one by one.
-        if all(torch.stack(sums).isfinite().all() for sums in by_device.values()):
-            return True
-        return all(bool(t.isfinite().all()) for t in tensors)
+    def all_finite(self, *, copying: bool = False) -> bool:
+        """Returns whether every parameter and every moment of the optimizers is finite.
+
+        Args:
+          copying: `save` is likely to follow before anything is trained. Both are copied into its memory while they are
+            looked at, if there is any yet; it then copies what has changed since.
+        """
+        parameters = self._parameters()
+        if copying and self._good is not None:
+            live = {"parameters": parameters, "optimizers": [optimizer_state(o) for o in self._optimizers]}
+            if num_bytes(live) <= self._planned:
+                return self._copy_ahead(live)
+        states = [state for optimizer in self._optimizers for state in optimizer.state.values()]
+        moments = [v for s in states if isinstance(s, dict) for v in s.values() if isinstance(v, torch.Tensor)]
+        return all_finite(map(local, [*parameters, *moments]))
+
+    def _copy_ahead(self, live: dict[str, Any]) -> bool:
+        """Copies a part of what is to be saved; returns whether it is finite."""
+        pairs: Pairs = []
+        former, slot = self._slots[self._next_slot], self._next_slot
+        self._slots[slot] = {**(former or {}), **hold(live, former, pairs, on_host=self._place == "host")}
+        self._ahead = {}
+        finite = copy_looking(pairs)
+        self._ahead = {id(into): (value, value._version) for into, value in pairs if not value.is_inference()}
+        return finite
+
+    def _has_copy(self, into: torch.Tensor, value: torch.Tensor) -> bool:
+        copied, version = self._ahead.get(id(into), (None, 0))
+        return copied is not None and copied.data_ptr() == value.data_ptr() and version == value._version
 
     @torch.no_grad()
     def save(self, step: int, extra: Any = None) -> None:
@@ -147,13 +171,18 @@ class Snapshots:
             self._write(live)
             self._slots, self._sizes, self._good, self.grew = [None] * NUM_SLOTS, [0] * NUM_SLOTS, None, False
             return
-        slot = 0 if self._good is None else (self._good + 1) % NUM_SLOTS
+        slot = self._next_slot
         pairs: Pairs = []
         self._slots[slot] = hold(live, self._slots[slot], pairs, on_host=self._place == "host")
-        copy_pairs(pairs)
+        copy_pairs([(into, value) for into, value in pairs if not self._has_copy(into, value)])
+        self._ahead = {}
         size = num_bytes(self._slots[slot])
         self.grew, self._sizes[slot] = size > self._sizes[slot], size
         self._good = slot
+
+    @property
+    def _next_slot(self) -> int:
+        return 0 if self._good is None else (self._good + 1) % NUM_SLOTS
 
     @torch.no_grad()
     def extra(self) -> Any:
@@ -170,7 +199,7 @@ class Snapshots:
         Raises:
           SessionError: there is no snapshot, its file cannot be read, or the run has other parameters than it had.
         """
-        last = self._last()
+        last, self._ahead = self._last(), {}
         pairs: Pairs = []
         parameters = self._parameters()
         if len(parameters) != len(last["parameters"]) or len(self._tracked) != len(last["tracked"]):
@@ -211,7 +240,7 @@ class Snapshots:
     def drop(self) -> None:
         """Forgets the snapshot in memory, and frees what was held."""
         self._slots, self._sizes, self._good = [None] * NUM_SLOTS, [0] * NUM_SLOTS, None
-        self._place, self._planned = None, 0
+        self._place, self._planned, self._ahead = None, 0, {}
 
     def _live(self, step: int, extra: Any) -> dict[str, Any]:
         """Returns everything there is to save, by reference."""

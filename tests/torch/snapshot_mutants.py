@@ -104,6 +104,24 @@ class HandsOutItsExtra(Snapshots):
         return {**plain, "table": held["table"].tensor}
 
 
+class TrustsOldCopies(Snapshots):
+    """What a look has copied is not copied again, whatever was written since."""
+
+    def _has_copy(self, into, value):
+        return id(into) in self._ahead
+
+
+class CopiesOverTheGoodOne(Snapshots):
+    """A look copies into the slot that a rollback would need."""
+
+    def _copy_ahead(self, live):
+        good, self._good = self._good, (self._good + 1) % len(self._slots)
+        try:
+            return super()._copy_ahead(live)
+        finally:
+            self._good = good
+
+
 MUTANTS = (
     AliasesWhatItSaves,
     AdoptsWhatItRestores,
@@ -116,4 +134,6 @@ MUTANTS = (
     ForgetsBuffers,
     KeepsGradients,
     HandsOutItsExtra,
+    TrustsOldCopies,
+    CopiesOverTheGoodOne,
 )

@@ -282,11 +282,12 @@ def test_weights_are_looked_at_as_often_as_that_may_cost_and_before_each_snapsho
         snapshots = recovery._snapshots
         look = snapshots.all_finite
 
-        def all_finite() -> bool:
+        def all_finite(*, copying: bool = False) -> bool:
             nonlocal now
             now += costs[min(len(looked), len(costs) - 1)]
             looked.append(loop.scheduler.steps // INTERVAL)
-            return look()
+            assert copying == (looked[-1] % 6 == 0)
+            return look(copying=copying)
 
         snapshots.all_finite = all_finite  # type: ignore[method-assign]
         loop.advance(13 * INTERVAL)

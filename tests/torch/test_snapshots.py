@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from metalearn.errors import InvalidArgumentError, SessionError
-from metalearn.torch import Snapshots
+from metalearn.torch import Snapshots, copies
+from metalearn.torch.copies import Pairs
 from tests.torch.loops import OPTIMIZERS, Loop, Net, assert_equal
 from tests.torch.snapshot_mutants import MUTANTS
 
@@ -40,12 +41,22 @@ class Machine(RuleBasedStateMachine):
         for _ in range(steps):
             self.loop.train()
 
-    @rule(steps=st.integers(0, 2))
-    def train_and_save(self, steps: int) -> None:
+    @rule(steps=st.integers(0, 2), ahead=st.sampled_from([None, 0, 1]))
+    def train_and_save(self, steps: int, ahead: int | None = None) -> None:
+        """Saves, perhaps with a look before it that copies, or with one before the last step."""
         self.train(steps)
+        if ahead is not None:
+            assert self.loop.snapshots.all_finite(copying=True)
+            self.train(ahead)
         self.loop.snapshots.save(7, self.loop.extra)
         self.saved, self.restored_since_save = self.loop.contents(), 0
         self.reached["saved with moments" if self.loop.optimizer.state else "saved without moments"] += 1
+
+    @rule()
+    def copy_and_not_save(self) -> None:
+        """An interval that is judged bad after weights and moments were copied."""
+        self.train(1)
+        assert self.loop.snapshots.all_finite(copying=True)
 
     @rule()
     def fail_to_save(self) -> None:
@@ -233,11 +244,44 @@ def test_whole_state_is_watched_for_what_is_not_finite():
     loop.net.table.weight.data[3, 2] = 3e38  # their sum overflows, they are finite
     assert loop.snapshots.all_finite()
     state = loop.optimizer.state[loop.net.norm.bias]
+    loop.snapshots.save(0)
+    good = loop.contents()
     for value in (float("inf"), float("nan")):
         state["exp_avg_sq"][0] = value
         assert not loop.snapshots.all_finite()
-    state["exp_avg_sq"][0] = 0.0
-    assert loop.snapshots.all_finite()
+        assert not loop.snapshots.all_finite(copying=True)
+    loop.snapshots.restore()
+    assert_equal(loop.contents(), good)
+    assert loop.snapshots.all_finite() and loop.snapshots.all_finite(copying=True)
+
+
+def test_what_a_look_has_copied_is_copied_again_only_if_it_changed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("metalearn.torch.copies.PIECE_BYTES", 16)  # so that small tensors go in pieces, too
+    loop = Loop("AdamW, foreach")
+    loop.train()
+    for _ in range(2):
+        loop.snapshots.save(0, loop.extra)
+    copied: list[torch.Tensor] = []
+
+    def copy_pairs(pairs: Pairs) -> None:
+        copied.extend(value for _, value in pairs)
+        copies.copy_pairs(pairs)
+
+    monkeypatch.setattr("metalearn.torch.snapshots.copy_pairs", copy_pairs)
+    loop.train()
+    assert loop.snapshots.all_finite(copying=True)
+    with torch.no_grad():
+        loop.net.norm.bias.add_(1.0)
+    loop.snapshots.save(1, loop.extra)
+    live = {p.data_ptr(): p for p in loop.net.parameters()}
+    assert [live[v.data_ptr()] for v in copied if v.data_ptr() in live] == [loop.net.norm.bias]
+    moments = {v.data_ptr() for s in loop.optimizer.state.values() for v in s.values()}
+    assert not moments & {v.data_ptr() for v in copied}
+    saved = loop.contents()
+    loop.train()
+    loop.snapshots.restore()
+    loop.extra = loop.snapshots.extra()
+    assert_equal(loop.contents(), saved)
 
 
 def test_memory_is_held_once_and_does_not_grow():
