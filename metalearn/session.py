@@ -197,9 +197,8 @@ class Session:
             features, history = featurize(statistics, self._controls(steps), self._history, np)
             group = percentile_scale(features.group, self._setting.knots[0], np)
             run = percentile_scale(features.run, self._setting.knots[1], np)
-            group_action, run_action, hidden = self._setting.network.act(
-                self._hidden, group, run, self._setting.code, self._setting.roles
-            )
+            act, context = self._setting.network.act, self._setting.context
+            group_action, run_action, hidden = act(self._hidden, group, run, context)
             group_action = sound(group_action, self._setting.bound[0].shape)
             run_action = sound(run_action, self._setting.bound[1].shape)
             trust = self._trust * self._guard.lead

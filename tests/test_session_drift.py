@@ -45,7 +45,7 @@ class Quiet:
     def __getattr__(self, name):
         return getattr(self._network, name)
 
-    def act(self, hidden, group, run, code, roles):
+    def act(self, hidden, group, run, context):
         return np.zeros((len(hidden), 3)), np.zeros(1), hidden
 
 

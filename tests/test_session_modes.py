@@ -250,7 +250,7 @@ class Garbage:
     def __getattr__(self, name):
         return getattr(self._network, name)
 
-    def act(self, hidden, group, run, code, role):
+    def act(self, hidden, group, run, context):
         return self._answer(hidden)
 
 

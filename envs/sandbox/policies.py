@@ -46,9 +46,9 @@ class HostileNetwork(NumpyNetwork):
         return gate, np.full_like(modifier, math.nan) if self._incident.variant == "start" else modifier
 
     def act(
-        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, code: np.ndarray, role: np.ndarray
+        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, context: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        outputs = super().act(hidden, group, run, code, role)
+        outputs = super().act(hidden, group, run, context)
         self._acts += 1
         struck = [hostile(self._incident.variant, output, self._acts, self._rng) for output in outputs]
         return struck[0], struck[1], outputs[2] if self._incident.name == "adversarial_policy" else struck[2]

@@ -79,8 +79,8 @@ def attribute_step(setting: Setting, moment: Moment) -> tuple[dict[str, np.ndarr
         run = np.zeros((len(levels), len(moment.run)))
         run[:, run_columns] = moment.run[run_columns] * of_run
         hidden = moment.hidden * (of_past if of_past.size else share)[..., None]
-        code = _code(setting, descriptors, of_domain, of_family)
-        return _step(setting, moment, setting.network.act(hidden, group, run, code, setting.roles)[:2])
+        context = setting.network.context(_code(setting, descriptors, of_domain, of_family), setting.roles)
+        return _step(setting, moment, setting.network.act(hidden, group, run, context)[:2])
 
     return _attributed(step, names)
 

@@ -97,7 +97,7 @@ def find_counterfactual(setting: Setting, moment: Moment) -> Counterfactual | No
         """Of other values [N, F] of the signals, how far the step goes the other way."""
         groups = np.repeat(moment.group[None], len(points), 0)
         groups[:, group] = points[:, :width]
-        action = setting.network.act(moment.hidden, groups, points[:, width:], setting.code, setting.roles)
+        action = setting.network.act(moment.hidden, groups, points[:, width:], setting.context)
         return -np.sign(taken) * flat(*action[:2])[:, value]
 
     found = _one_signal(turned, now, signals)

@@ -43,7 +43,7 @@ class CuePolicy(NumpyNetwork):
         return np.zeros_like(gate), np.zeros_like(modifier)
 
     def act(
-        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, code: np.ndarray, role: np.ndarray
+        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, context: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Raises the learning rates of all groups, or does nothing; arguments as of `NumpyNetwork.act`."""
         rises = run[..., self._column] > self._threshold

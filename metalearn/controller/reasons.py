@@ -23,7 +23,7 @@ def influences(setting: Setting, moment: Moment, count: int = 2) -> tuple[str, .
     groups, runs = np.repeat(group[None], count_all, 0), np.repeat(run[None], count_all, 0)
     groups[np.arange(split), :, columns] = 0.0
     runs[np.arange(split, count_all), run_columns] = 0.0
-    occluded, _, _ = setting.network.act(moment.hidden, groups, runs, setting.code, setting.roles)
+    occluded, _, _ = setting.network.act(moment.hidden, groups, runs, setting.context)
     if np.shape(occluded) != (count_all, *moment.group_action.shape):  # no policy of ours: it shall not stop the run
         return ()
     moved = (np.tanh(moment.group_action[:, 0]) - np.tanh(occluded[..., 0])).mean(1).tolist()

@@ -30,18 +30,22 @@ class NumpyNetwork:
 
     def __init__(self, params: Mapping[str, np.ndarray]) -> None:
         self._params = {name: np.asarray(value, np.float64) for name, value in params.items()}
-        # A decision comes between training steps, to cold caches: there, looking parameters up by name and cutting them
-        # is a fifth of the time.
+        # A decision comes between training steps, to cold caches: there every call of NumPy takes microseconds, and
+        # looking parameters up by name and cutting them a fifth of the time.
         rows = np.cumsum([len(GROUP_FEATURES), len(GLOBAL_FEATURES), len(self._params["encoder/bias"])])
         self._of_group, self._of_run, self._of_code, self._of_hidden = np.split(self._params["mix/kernel"], rows)
-        self._mix_bias, self._role = self._params["mix/bias"], self._params["role"]
-        self.hidden_size: int = len(self._mix_bias)
+        self.hidden_size: int = len(self._params["mix/bias"])
         """Units of the recurrent state, per parameter group."""
         halves = np.repeat([0.5, 0.5, 1.0], self.hidden_size)  # a gate is a logistic function, 0.5 + 0.5 tanh(x / 2)
         self._from_input, self._from_hidden = (
             (halves * self._params[f"recurrent/{name}/kernel"], halves * self._params[f"recurrent/{name}/bias"])
             for name in ("input", "hidden")
         )
+        self._heads, self._heads_bias = (
+            np.concatenate([self._params[f"{head}_head/{part}"] for head in ("group", "run")], -1)
+            for part in ("kernel", "bias")
+        )
+        self._num_group_actions = len(self._params["group_head/bias"])
 
     def _dense(self, name: str, x: np.ndarray) -> np.ndarray:
         return x @ self._params[f"{name}/kernel"] + self._params[f"{name}/bias"]
@@ -64,32 +68,41 @@ class NumpyNetwork:
         """Maps the code to the gate [S] and the modifier before tanh [S]."""
         return _sigmoid(self._params["gate"]), self._dense("modifier", np.tanh(self._dense("start_hidden", code)))
 
+    def context(self, code: np.ndarray, role: np.ndarray) -> np.ndarray:
+        """Maps what stays as it is during a run to its part in each decision, [..., G, H].
+
+        Args:
+          code: [..., C] of domain and family, from `code`.
+          role: int [G].
+        """
+        shared = code @ self._of_code + self._params["mix/bias"]
+        return shared[..., None, :] + self._params["role"][role]
+
     def act(
-        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, code: np.ndarray, role: np.ndarray
+        self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, context: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Advances the policy by one decision.
 
         Args:
-          hidden: [G, H], zeros at the start.
+          hidden: [..., G, H], zeros at the start.
           group: [..., G, F] scaled group features; leading axes are variants of one observation.
-          run: [..., F] scaled run features, with the same leading axes.
-          code: [C] of domain and family, from `code`.
-          role: int [G].
+          run: [..., F] scaled run features.
+          context: [..., G, H] of domain, family and roles, from `context`.
 
-        Where every variant has a hidden state [..., G, H] of its own, each has a code [..., C] of its own.
+        Leading axes are those of `group` and `run`; hidden state and context may do without, and are then shared.
 
         Returns:
           Action means before tanh, [..., G, A] and [..., B], and the next hidden state.
         """
         # In parts, not as a product with one long row per group: there, putting rows together takes most of the time.
-        mixed = group @ self._of_group
-        shared = run @ self._of_run + code @ self._of_code + _mean(hidden) @ self._of_hidden + self._mix_bias
-        mixed = np.tanh(mixed + shared[..., None, :] + self._role[role])
+        shared = run.dot(self._of_run) + _mean(hidden).dot(self._of_hidden)
+        mixed = np.tanh(group.dot(self._of_group) + shared[..., None, :] + context)
         (kernel, bias), (kernel_hidden, bias_hidden) = self._from_input, self._from_hidden
-        from_input, from_hidden = mixed @ kernel + bias, hidden @ kernel_hidden + bias_hidden
+        from_input, from_hidden = mixed.dot(kernel) + bias, hidden.dot(kernel_hidden) + bias_hidden
         size = self.hidden_size
         gates = 0.5 + 0.5 * np.tanh(from_input[..., : 2 * size] + from_hidden[..., : 2 * size])
         reset, update = gates[..., :size], gates[..., size:]
         new = np.tanh(from_input[..., 2 * size :] + reset * from_hidden[..., 2 * size :])
         hidden = new + update * (hidden - new)
-        return self._dense("group_head", hidden), self._dense("run_head", _mean(hidden)), hidden
+        actions = hidden.dot(self._heads) + self._heads_bias
+        return actions[..., : self._num_group_actions], _mean(actions[..., self._num_group_actions :]), hidden

@@ -60,6 +60,11 @@ class Setting:
     bound: tuple[np.ndarray, np.ndarray]
     knots: tuple[np.ndarray, np.ndarray]
 
+    @cached_property
+    def context(self) -> np.ndarray:
+        """[G, H] of code and roles, for the policy."""
+        return self.network.context(self.code, self.roles)
+
     @property
     def num_groups(self) -> int:
         """Parameter groups."""

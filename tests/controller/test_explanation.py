@@ -163,7 +163,7 @@ def test_a_counterfactual_turns_the_step_when_it_is_fed_back(controller: Control
         setting, seen = session._setting, session.state_dict()["past"][-1]
         group, run = np.array(seen[2]), np.array(seen[3])
         value = setting.labels.index(turned.label)
-        was = setting.network.act(hidden, group, run, setting.code, setting.roles)[0].ravel()[value]
+        was = setting.network.act(hidden, group, run, setting.context)[0].ravel()[value]
         assert np.sign(was) == turned.direction
         for change in turned.changes:
             assert change.name not in NOT_SIGNALS
@@ -173,7 +173,7 @@ def test_a_counterfactual_turns_the_step_when_it_is_fed_back(controller: Control
             else:
                 assert group[change.group, GROUP_FEATURES.index(change.name)] == change.scaled
                 group[change.group, GROUP_FEATURES.index(change.name)] = change.scaled_instead
-        now = setting.network.act(hidden, group, run, setting.code, setting.roles)[0].ravel()[value]
+        now = setting.network.act(hidden, group, run, setting.context)[0].ravel()[value]
         assert np.sign(now) == -turned.direction
         assert 1 <= len(turned.changes) <= 2
         assert turned.distance == pytest.approx(
@@ -209,7 +209,7 @@ def test_two_signals_turn_what_one_cannot(controller: Controller):
     setting, run = session._setting, np.zeros(len(GLOBAL_FEATURES))
     run[[GLOBAL_FEATURES.index(name) for name in names]] = 1.0
     group, hidden = np.zeros((2, len(GROUP_FEATURES))), np.zeros((2, setting.network.hidden_size))
-    action = setting.network.act(hidden, group, run, setting.code, setting.roles)
+    action = setting.network.act(hidden, group, run, setting.context)
     moment = Moment(hidden, group, run, SignalFeatures(group, run), action[0], action[1], 1.0)
     turned = find_counterfactual(setting, moment)
     assert turned is not None and turned.direction == 1

@@ -65,10 +65,10 @@ def run_numpy(
     params: dict, descriptors: np.ndarray, role: np.ndarray, observations: list[Step], *, family: int = 0
 ) -> list[tuple[np.ndarray, ...]]:
     serving = NumpyNetwork(flatten(params))
-    code = serving.code(descriptors, family)
+    context = serving.context(serving.code(descriptors, family), role)
     hidden, outputs = np.zeros((len(role), serving.hidden_size)), []
     for group, run in observations:
-        group_action, run_action, hidden = serving.act(hidden, group, run, code, role)
+        group_action, run_action, hidden = serving.act(hidden, group, run, context)
         outputs.append((group_action, run_action, hidden))
     return outputs
 
@@ -181,12 +181,12 @@ def test_groups_are_interchangeable(checkpoint: Checkpoint):
 def test_variants_in_leading_axes_are_single_observations(checkpoint: Checkpoint):
     serving = NumpyNetwork(checkpoint.network)
     descriptors, role, observations = random_observations(7, 3)
-    code = serving.code(descriptors, 1)
+    context = serving.context(serving.code(descriptors, 1), role)
     group, run = (np.stack(part) for part in zip(*observations, strict=True))
     hidden = np.random.default_rng(8).normal(size=(3, serving.hidden_size))
-    together = serving.act(hidden, group, run, code, role)
+    together = serving.act(hidden, group, run, context)
     for index in range(STEPS_OF_RECURRENCE):
-        alone = serving.act(hidden, group[index], run[index], code, role)
+        alone = serving.act(hidden, group[index], run[index], context)
         for many, one in zip(together, alone, strict=True):
             np.testing.assert_allclose(many[index], one, rtol=0, atol=1e-12)
 
@@ -260,10 +260,10 @@ def test_serving_reads_the_file_that_training_wrote(tmp_path: Path):
     checkpoint = load_checkpoint(path)
     served = load_controller(path).network
     descriptors, role, ((group, run), *_) = random_observations(13, 2)
-    hidden, code = np.zeros((2, CONFIG.hidden_size)), served.code(descriptors, 1)
+    hidden, context = np.zeros((2, CONFIG.hidden_size)), served.context(served.code(descriptors, 1), role)
     for one, other in zip(
-        served.act(hidden, group, run, code, role),
-        NumpyNetwork(checkpoint.network).act(hidden, group, run, code, role),
+        served.act(hidden, group, run, context),
+        NumpyNetwork(checkpoint.network).act(hidden, group, run, context),
         strict=True,
     ):
         np.testing.assert_array_equal(one, other)

@@ -329,7 +329,8 @@ def test_a_tempered_policy_acts_by_a_share_under_another_schedule():
     assert changed == {name for name in shipped.network if name.startswith(("group_head/", "run_head/"))}
     inputs = np.zeros((1, 32)), np.ones((1, len(GROUP_FEATURES))), np.ones(len(GLOBAL_FEATURES))
     mine, theirs = (
-        Controller(checkpoint).network.act(*inputs, np.ones(16), np.zeros(1, int)) for checkpoint in (after, shipped)
+        network.act(*inputs, network.context(np.ones(16), np.zeros(1, int)))
+        for network in (Controller(checkpoint).network for checkpoint in (after, shipped))
     )
     np.testing.assert_allclose(mine[0], 0.25 * theirs[0], rtol=1e-6)
     np.testing.assert_allclose(mine[1], 0.25 * theirs[1], rtol=1e-6)
