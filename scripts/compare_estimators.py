@@ -52,7 +52,7 @@ from metalearn.meta_training.loop import meta_train
 from provenance import provenance
 
 ESTIMATORS = ("ppo", "es")
-PREPARED = ("search.npz", "baseline.json")
+PREPARED = ("search-*.npz", "baseline.json")
 """What both estimators make alike from a seed, before their first iteration; the second is given the first one's."""
 
 
@@ -106,9 +106,9 @@ def compare(size: Size, pools: tuple[TaskPool, TaskPool], folder: Path) -> dict[
         for name in ESTIMATORS:
             began, directory = time.monotonic(), folder / f"{name}-{seed}"
             directory.mkdir()
-            for file in PREPARED:
-                if (folder / f"{ESTIMATORS[0]}-{seed}" / file).exists():
-                    shutil.copy(folder / f"{ESTIMATORS[0]}-{seed}" / file, directory)
+            for pattern in PREPARED:
+                for file in (folder / f"{ESTIMATORS[0]}-{seed}").glob(pattern):
+                    shutil.copy(file, directory)
             settings = replace(size.settings, seed=seed, patience=size.settings.num_iterations)
             # Both are to see the same groups, so none are drawn by what an estimator has learnt.
             settings = replace(settings, es=ESConfig() if name == "es" else None, progress_share=0.0)
