@@ -127,6 +127,7 @@ class Recovery:
 
         Tables of millions of rows take as long to look at as some steps. Then weights and moments are looked at where a
         snapshot may be due, which is never to hold what is not finite, and else no more often than `LOOK_SHARE` allows.
+        The look before a snapshot copies them, and counts as a part of what that takes.
 
         Args:
           surely: look, whatever it costs.
@@ -259,7 +260,7 @@ class Recovery:
         self._state = rules.rolled_back(self._config, _state(extra["rules"]), self._state)
         self._snapshots.restore(rewind=not self._state.fallen_back or (starved and not self._starved))
         self._starved = self._starved or starved
-        self._intervals, self._trained = 0, 0.0
+        self._intervals, self._trained, self._spent = 0, 0.0, 0.0
         self.records.append(Rollback(step=step, to_step=extra["step"], reason=reason, fallback=self._state.fallen_back))
         return self.records[-1]
 
