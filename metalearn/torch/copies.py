@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,10 @@ Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 """Copies to make: (into, from)."""
 PIECE_BYTES = 2**22
 """What stays in a processor's cache between a copy and a look at it."""
+NUM_THREADS = 2
+"""That copy large tables: one does not take all that memory gives."""
+PIECES_TO_SHARE = 16
+"""From so many on, a second thread saves more than it takes to start."""
 
 
 class Held(NamedTuple):
@@ -117,9 +122,22 @@ def copy_pairs(pairs: Pairs) -> None:
 def copy_looking(pairs: Pairs) -> bool:
     """Makes the copies, waits for them, and returns whether everything in them is finite.
 
-    On the host piece by piece, so that memory is read once for both.
+    On the host piece by piece, so that memory is read once for both, and in several threads if there is much to copy:
+    training waits for it, so that what it does not use of the processor is idle.
     """
-    finite = all_finite(_copied(pairs))
+    pieces = [piece for pair in pairs for piece in _pieces(*pair)]
+    on_host = all(tensor.device.type == "cpu" for pair in pairs for tensor in pair)
+    if not on_host or len(pieces) - len(pairs) < PIECES_TO_SHARE or torch.get_num_threads() > 1:
+        finite = all_finite(_copied(pieces))
+    else:
+        inference = torch.is_inference_mode_enabled()  # of each thread its own, unlike the number above
+
+        def copy_share(share: Pairs) -> bool:
+            with torch.inference_mode(inference):
+                return all_finite(_copied(share))
+
+        with ThreadPoolExecutor(NUM_THREADS, "metalearn-copies") as pool:
+            finite = all(list(pool.map(copy_share, [pieces[start::NUM_THREADS] for start in range(NUM_THREADS)])))
     _wait(pairs)
     return finite
 
@@ -139,16 +157,19 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in looked)
 
 
+def _pieces(into: torch.Tensor, value: torch.Tensor) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Returns a copy to make as several that fit into a cache, if it is within the host's memory."""
+    if not (into.device.type == value.device.type == "cpu" and into.is_contiguous() and value.is_contiguous()):
+        return [(into, value)]
+    length = PIECE_BYTES // value.element_size()
+    return zip(into.view(-1).split(length), value.view(-1).split(length), strict=True)
+
+
 def _copied(pairs: Pairs) -> Iterator[torch.Tensor]:
     """Makes copies, and yields what was copied right after."""
     for into, value in pairs:
-        if into.device.type == value.device.type == "cpu" and into.is_contiguous() and value.is_contiguous():
-            length = PIECE_BYTES // value.element_size()
-            for part, original in zip(into.view(-1).split(length), value.view(-1).split(length), strict=True):
-                yield part.copy_(original)
-        else:
-            into.copy_(value, non_blocking=True)
-            yield value
+        into.copy_(value, non_blocking=True)
+        yield into if into.device.type == value.device.type else value
 
 
 def _wait(pairs: Pairs) -> None:

@@ -284,6 +284,28 @@ def test_what_a_look_has_copied_is_copied_again_only_if_it_changed(monkeypatch: 
     assert_equal(loop.contents(), saved)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_copies_are_made_and_looked_at_whole_by_any_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, threads: int, inference: bool
+):
+    monkeypatch.setattr("metalearn.torch.copies.PIECE_BYTES", 64)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode(inference):
+            tables = [torch.randn(64, 16), torch.arange(700), torch.randn(33, 2, dtype=torch.complex64).t()]
+            pairs = [(torch.empty_like(table), table) for table in tables]
+            assert copies.copy_looking(pairs)
+            for place in (0, 500, 1023):  # in the first share, the second, and at the end
+                tables[0].view(-1)[place] = float("nan")
+                assert not copies.copy_looking(pairs)
+                assert all(torch.equal(i.view_as(v).nan_to_num(), v.nan_to_num()) for i, v in pairs)
+                tables[0].view(-1)[place] = 0.0
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_memory_is_held_once_and_does_not_grow():
     loop = Loop("AdamW, foreach")
     for _ in range(3):
