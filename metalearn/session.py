@@ -48,7 +48,7 @@ from metalearn.safety.drift.response import Loosening, choose_response
 from metalearn.safety.frame import as_it_stands, guard_frame, within_limits
 from metalearn.safety.guard import GuardConfig, GuardState, after_decision, after_rollback, judge
 from metalearn.safety.proposal import Proposal
-from metalearn.signals import Controls, IntervalStatistics, SignalHistory, featurize, initial_history, percentile_scale
+from metalearn.signals import Controls, IntervalStatistics, featurize, initial_history, percentile_scale
 from metalearn.spaces import HyperparameterSpace
 
 if TYPE_CHECKING:
@@ -450,7 +450,7 @@ class Session:
         self._base = Position(**arrays(state["base"]))
         position, guard = Position(**arrays(state["position"])), GuardState.from_dict(state["guard_state"])
         self._take(Bearings(setting, trust, position, guard, renewal))
-        self._history = SignalHistory(**arrays(state["history"]))
+        self._history = initial_history(len(setting.roles), np, np.float64)._replace(**arrays(state["history"]))
         self._values = values(self._position, self._config, np)
         self._hidden = np.array(state["hidden"], np.float64)
         self._past = deque(map(past_of, state["past"]), maxlen=REMEMBERED)

@@ -24,7 +24,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,12 +150,13 @@ class Ruled:
     def averaged_parameters(self) -> AbstractContextManager[None]:
         return self.scheduler.averaged_parameters()
 
-    def report(self, metrics: float) -> None:
+    def report(self, metrics: Mapping[str, float]) -> None:
         """Reports, then changes the rate as the rule says."""
         self.scheduler.report(metrics)
-        if self.rule.back and (not self.validations or metrics > max(self.validations)):
+        value = metrics["ndcg"]
+        if self.rule.back and (not self.validations or value > max(self.validations)):
             self.best = copy.deepcopy([part.state_dict() for part in self._parts])
-        self.validations.append(metrics)
+        self.validations.append(value)
         factor = self.rule.factor_after(self.validations, self.factor)
         if factor == self.factor:
             return

@@ -26,6 +26,8 @@ def make_interval(num_groups: int = 2, **changes) -> IntervalStatistics:
         "touched": 0.6 * ones,
         "nonfinite": 0.0,
         "validation": 0.1,
+        "validation_loss": 0.6,
+        "training_loss": 0.5,
     }
     return IntervalStatistics(**{name: np.asarray(value, np.float64) for name, value in (fields | changes).items()})
 
@@ -49,7 +51,7 @@ def random_intervals(
     seed: int, *, num_groups: int = 2, count: int = 20, missing: float = 0.15
 ) -> list[IntervalStatistics]:
     """Return the intervals of a run that learns; each measurement is NaN with probability `missing`."""
-    rng = np.random.default_rng(seed)
+    rng, of_losses = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     intervals = []
     for index in range(count):
         steps = float(rng.integers(20, 60))
@@ -71,6 +73,8 @@ def random_intervals(
             if name != "loss_square_sum":
                 gaps = rng.random(np.shape(values[name])) < missing
                 values[name] = np.where(gaps, np.nan, values[name])
+        values["training_loss"] = 0.7 * 0.95**index if of_losses.random() >= missing else np.nan
+        values["validation_loss"] = 0.7 * 0.97**index
         intervals.append(make_interval(num_groups, steps=steps, seconds=rng.random(), **values))
     return intervals
 

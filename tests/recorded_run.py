@@ -28,11 +28,12 @@ class RecordedRun:
 def load_recorded_run() -> RecordedRun:
     """Read the recorded run."""
     with np.load(PATH) as stored:
-        columns = [stored[name].astype(np.float64) for name in IntervalStatistics._fields]
+        names = [name for name in IntervalStatistics._fields if name in stored]  # no losses beside the metric
+        columns = [stored[name].astype(np.float64) for name in names]
         profile = DomainProfile.from_json(str(stored["profile"]))
     return RecordedRun(
         profile=profile,
-        intervals=tuple(IntervalStatistics(*row) for row in zip(*columns, strict=True)),
+        intervals=tuple(IntervalStatistics(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)),
     )
 
 

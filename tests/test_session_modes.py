@@ -25,7 +25,8 @@ INTERVALS = random_intervals(11)
 
 @pytest.fixture(scope="module")
 def controller(tmp_path_factory: pytest.TempPathFactory) -> Controller:
-    return load_controller(acting_controller(tmp_path_factory.mktemp("acting") / "controller.safetensors"))
+    """Return one whose rates go up and down."""
+    return load_controller(acting_controller(tmp_path_factory.mktemp("acting") / "controller.safetensors", seed=1))
 
 
 def start(controller: Controller, **changes) -> Session:

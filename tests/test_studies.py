@@ -56,7 +56,7 @@ def test_the_cue_goes_to_the_families_that_gain_by_it(scripts: Any, tmp_path: Pa
     def runs(family: str, domain: str, without: float, cued: float) -> list[dict[str, Any]]:
         both = ((False, without), (True, cued))
         return [
-            {"family": family, "domain": domain, "seed": 0, "cued": c, "validation": v, "test": v, "raised": int(c)}
+            {"family": family, "domain": domain, "seed": 0, "cued": c, "validation": v, "test": v, "acted": int(c)}
             for c, v in both
         ]
 
@@ -71,33 +71,43 @@ def test_the_cue_goes_to_the_families_that_gain_by_it(scripts: Any, tmp_path: Pa
     assert figures["self_attention_domains"] == figures["self_attention_acted_on"] == 2
     assert "click_model_domains" not in figures
     path = save_checkpoint(load_controller().checkpoint, tmp_path / "controller.safetensors")
-    assert script.save_into(path, figures, families) == ["self_attention"]
+    assert script.save_into(path, figures, families, "learning_rate") == ["self_attention"]
     after = load_checkpoint(path)
     assert after.config.cued == ("self_attention",)
     assert after.provenance["cued"]["domains"] == {"self_attention": 2}
     card = path.with_name("README.md").read_text()
-    assert "of self_attention the learning rate is raised" in card
+    assert "of self_attention the\nlearning rate is raised" in card
     assert f"{gain:+.3f} for self_attention on 2 of them" in card
     more = {"click_model_validation": 0.2, "click_model_domains": 3.0}
-    assert script.save_into(path, more, ["click_model"]) == ["click_model"]
+    assert script.save_into(path, more, ["click_model"], "learning_rate") == ["click_model"]
     again = load_checkpoint(path)
     assert again.config.cued == ("self_attention", "click_model")
     assert again.provenance["cued"]["gains"].keys() == {"self_attention", "click_model"}
-    assert script.save_into(path, {**more, "click_model_validation": 0.0}, ["click_model"]) == []
+    none = {**more, "click_model_validation": 0.0}
+    assert script.save_into(path, none, ["click_model"], "learning_rate") == []
     assert load_checkpoint(path).config.cued == ("self_attention",)
+    assert script.save_into(path, more, ["click_model"], "weight_decay") == ["click_model"]
+    both = load_checkpoint(path)
+    assert (both.config.cued, both.config.decay_cued) == (("self_attention",), ("two_tower", "click_model"))
+    card = path.with_name("README.md").read_text()
+    assert "of two_tower, click_model the\nweight decay is raised" in card
+    assert "+0.200 for click_model on 3 of them" in card
 
 
 def test_runs_of_another_base_are_refused(scripts: Any, tmp_path: Path):
     script, path = scripts("choose_cue"), tmp_path / "cue.json"
-    assert script.read_recorded(path) == []
-    path.write_text(json.dumps({"runs": [{"family": "one"}], "controller": script.controller_of_runs()}))
-    assert script.read_recorded(path) == [{"family": "one"}]
-    path.write_text(json.dumps({"runs": [], "controller": {**script.controller_of_runs(), "above": 0.1}}))
-    with pytest.raises(ValueError, match="is of a controller with other bases or cues; pass another path"):
-        script.read_recorded(path)
+    assert script.read_recorded(path, "learning_rate") == []
+    about = script.controller_of_runs("learning_rate")
+    path.write_text(json.dumps({"runs": [{"family": "one"}], "controller": about}))
+    assert script.read_recorded(path, "learning_rate") == [{"family": "one"}]
+    others = [{**about, "at": 0.1}, script.controller_of_runs("weight_decay")]
+    for other in others:
+        path.write_text(json.dumps({"runs": [], "controller": other}))
+        with pytest.raises(ValueError, match="is of a controller with other bases or cues; pass another path"):
+            script.read_recorded(path, "learning_rate")
     path.write_text("[]")
     with pytest.raises(ValueError, match="`--output` is there and no output of this script"):
-        script.read_recorded(path)
+        script.read_recorded(path, "learning_rate")
 
 
 def test_a_plateau_cuts_the_rate_three_times_at_most(scripts: Any):

@@ -27,6 +27,7 @@ from envs.recommenders.training import PlainSchedule, Steering, TrainingRun
 from metalearn import Controller, load_controller
 from metalearn.controller.checkpoint import fingerprint
 from metalearn.controller.config import CONTROLLED
+from metalearn.controller.cues import FIELDS
 from metalearn.errors import InvalidArgumentError
 from metalearn.meta_training.warm_start import family_box
 from metalearn.spaces import CANONICAL_SPACE
@@ -139,7 +140,8 @@ class Controllers:
             name: np.zeros_like(tensor) if name.startswith(heads) else tensor
             for name, tensor in checkpoint.network.items()
         }
-        return Controller(replace(checkpoint, config=replace(checkpoint.config, cued=()), network=network))
+        config = replace(checkpoint.config, **{field: () for field, _ in FIELDS.values()})
+        return Controller(replace(checkpoint, config=config, network=network))
 
     def of(self, method: str) -> Controller:
         """Returns the controller that steers a method."""
@@ -148,12 +150,13 @@ class Controllers:
     def fingerprint(self, method: str, family: str) -> str:
         """Returns a fingerprint of what may steer a method on a family: without bases and cues that others have."""
         checkpoint = self.of(method).checkpoint
-        cued = tuple(name for name in checkpoint.config.cued if name == family)
-        told = checkpoint.config.family_index(checkpoint.config.known_family(family))
+        config = checkpoint.config
+        cues = {field: tuple(name for name in getattr(config, field) if name == family) for field, _ in FIELDS.values()}
+        told = config.family_index(config.known_family(family))
         base = np.zeros_like(checkpoint.base)
-        for row in (told, checkpoint.config.family_index(None)):
+        for row in (told, config.family_index(None)):
             base[row] = checkpoint.base[row]
-        return fingerprint(replace(checkpoint, config=replace(checkpoint.config, cued=cued), base=base))
+        return fingerprint(replace(checkpoint, config=replace(config, **cues), base=base))
 
 
 def sampled_configurations(replicate: int, family: str) -> list[dict[str, Any]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -44,6 +45,25 @@ class Sampler(ABC):
             self._order = torch.cat([self._order, fresh])
         rows, self._order = self._order[: self._batch_size], self._order[self._batch_size :]
         return self._batch(rows)
+
+    def over(self, interactions: Interactions, *, seed: int) -> Self | None:
+        """Returns a sampler that draws the same kind of batches from other rows, in an order of its own.
+
+        What is known of the items, their shares of the training rows for instance, stays. None if there are no rows, or
+        they are not what a batch is made of.
+
+        Args:
+          interactions: positives of the same users and items.
+          seed: of order and draws.
+        """
+        if len(interactions) == 0:
+            return None
+        other = copy.copy(self)
+        other._user, other._item = pairs(interactions, self._device)
+        other._batch_size = min(self._batch_size, len(interactions))
+        other._generator = torch.Generator(self._device).manual_seed(seed)
+        other._order = torch.empty(0, dtype=torch.int64, device=self._device)
+        return other
 
     @abstractmethod
     def _batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -177,6 +177,9 @@ class SequenceSampler(Sampler):
         super().__init__(interactions, batch_size, seed=seed, device=device)
         self._history = history.to(device)
 
+    def over(self, interactions: Interactions, *, seed: int) -> None:
+        """Returns None: a batch is of whole histories, which end before validation begins."""
+
     def _batch(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         shape = len(rows), self._history.shape[1] - 1
         negative = torch.randint(self._num_items, shape, generator=self._generator, device=self._device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from torch import nn
 from envs.domains import Domain
 from envs.recommenders.evaluation import Evaluator
 from envs.recommenders.recommender import Recommender
+from envs.recommenders.sampling import Sampler
 from metalearn.errors import InvalidArgumentError
 
 
@@ -60,7 +61,7 @@ class Steering(Protocol):
 
     def step(self, loss: torch.Tensor, /) -> None: ...
 
-    def report(self, metrics: float, /) -> Any: ...
+    def report(self, metrics: Mapping[str, float], /) -> Any: ...
 
     def averaged_parameters(self) -> AbstractContextManager[None]: ...
 
@@ -87,7 +88,7 @@ class PlainSchedule:
         if self._scheduler is not None:
             self._scheduler.step()
 
-    def report(self, metrics: float) -> None:
+    def report(self, metrics: Mapping[str, float]) -> None:
         """Needs nothing of it."""
 
     def averaged_parameters(self) -> AbstractContextManager[None]:
@@ -114,6 +115,40 @@ class TrainingResult:
     seconds: float = 0.0
     steps_per_second: float = 0.0
     diverged: bool = False
+
+
+class HeldOutLosses:
+    """Mean losses of validation and of training interactions, of the same weights, without dropout, on a few batches.
+
+    The batches are the same every time, so that what changes is the model.
+
+    Args:
+      sampler: of the model's batches; its position stays.
+      domain: whose interactions are drawn.
+    """
+
+    NUM_BATCHES = 16
+
+    def __init__(self, sampler: Sampler, domain: Domain) -> None:
+        parts = {"validation_loss": domain.validation, "training_loss": domain.train}
+        samplers = {name: sampler.over(part, seed=0) for name, part in parts.items()}
+        self._batches = {
+            name: [found.next() for _ in range(self.NUM_BATCHES)]
+            for name, found in samplers.items()
+            if found is not None
+        }
+
+    @torch.no_grad()
+    def __call__(self, model: Recommender) -> dict[str, float]:
+        """Returns both, by the names that a MetaScheduler knows; nothing where the family has no such batches."""
+        training = model.training
+        model.train(False)
+        losses = {
+            name: float(torch.stack([model(*batch) for batch in batches]).mean())
+            for name, batches in self._batches.items()
+        }
+        model.train(training)
+        return losses
 
 
 class TrainingRun:
@@ -148,6 +183,7 @@ class TrainingRun:
         torch.manual_seed(seed)
         self._random_state = torch.get_rng_state()
         self._sampler = model.sampler(domain, settings.batch_size, seed=seed)
+        self._losses = HeldOutLosses(self._sampler, domain)
         self._validate = Evaluator(domain, "validation", k=settings.k, max_users=settings.max_validation_users)
         self._best, self._best_weights = -1.0, _copy(model)
         self._losses_finite = torch.ones((), dtype=torch.bool)
@@ -168,11 +204,11 @@ class TrainingRun:
             self.steering.step(loss)
             if self.steering.should_validate or self.steps == self.settings.steps:
                 paused = time.perf_counter()
-                value = self._validated()
+                value, losses = self._validated()
                 validation_seconds += time.perf_counter() - paused
                 self._losses_finite &= torch.isfinite(loss.detach())
                 self.result.validation.append((self.steps, value))
-                self.steering.report(value)
+                self.steering.report({"ndcg": value, **losses})
             if self._on_step is not None:
                 self._on_step(self.steps)
         self._random_state = torch.get_rng_state()
@@ -184,12 +220,13 @@ class TrainingRun:
         """Puts the weights that validated best into the model."""
         self.model.load_state_dict(self._best_weights)
 
-    def _validated(self) -> float:
+    def _validated(self) -> tuple[float, dict[str, float]]:
         with self.steering.averaged_parameters():
             value = self._validate(self.model).mean_ndcg
+            losses = self._losses(self.model)
             if value > self._best:
                 self._best, self._best_weights = value, _copy(self.model)
-        return value
+        return value, losses
 
 
 def train(

@@ -27,7 +27,7 @@ from metalearn.signals import FEATURE_SCHEMA_VERSION, GLOBAL_FEATURES, GROUP_FEA
 from metalearn.signals.normalizer import NUM_KNOTS
 from metalearn.spaces import HyperparameterSpace
 
-FORMAT_VERSION = "4"
+FORMAT_VERSION = "5"
 HEADER_KEYS = ("format_version", "feature_schema", "space", "config", "package_version", "provenance", "sha256")
 MAX_BYTES = 256 * 2**20
 """A controller is well under a megabyte; a file larger than this is something else."""
@@ -232,6 +232,35 @@ def _from_format_3(path: Path, header: Mapping[str, str]) -> dict[str, str]:
     return {**header, "format_version": "4", "config": json.dumps(config)}
 
 
+def _from_format_4(
+    path: Path, tensors: Mapping[str, np.ndarray], header: Mapping[str, str]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Migrates a checkpoint of before there was a generalisation gap: its networks give that feature no weight."""
+    config = {**_json_object(path, header, "config"), "decay_cued": [], "decay_cue_at": 0.7}
+    migrated, header = dict(tensors), {**header, "format_version": "5", "config": json.dumps(config)}
+    schema = _json_object(path, header, "feature_schema")
+    before = {**json.loads(feature_schema()), "version": 1, "run": list(GLOBAL_FEATURES[:-1])}
+    if schema != before:
+        return migrated, header  # is refused, and what differs is named
+    header["feature_schema"] = feature_schema()
+    in_mix = len(GROUP_FEATURES) + len(GLOBAL_FEATURES) - 1
+    # Of the outcome model's inputs the features come last, the run's before the groups'; its head reads them once more.
+    inputs, in_outcome = f"{OUTCOME}hidden_0/kernel", -len(GROUP_FEATURES)
+    for name, axis, place in (
+        ("network/mix/kernel", 0, in_mix),
+        (inputs, 1, in_outcome),
+        (f"{OUTCOME}head/kernel", 1, in_outcome),
+    ):
+        tensor = migrated.get(name)
+        if tensor is not None and tensor.ndim > axis and tensor.shape[axis] >= abs(place):  # others are refused
+            migrated[name] = np.insert(tensor, place, 0.0, axis=axis).astype(tensor.dtype)
+    knots = migrated.get("normalizer/run")
+    if knots is not None and knots.ndim == 2:
+        unseen = np.linspace(0.0, 1.0, knots.shape[1], dtype=knots.dtype)[None]
+        migrated["normalizer/run"] = np.concatenate([knots, unseen])
+    return migrated, header
+
+
 def _check_tensors(path: Path, tensors: Mapping[str, np.ndarray], config: ControllerConfig) -> None:
     """Refuses tensors that are not those of the architecture, or not finite."""
     hidden, code, start = config.hidden_size, config.code_size, len(CONTROLLED)
@@ -289,6 +318,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         header = _from_format_2(path, header)
     if header["format_version"] == "3":
         header = _from_format_3(path, header)
+    if header["format_version"] == "4":
+        tensors, header = _from_format_4(path, tensors, header)
     if header["format_version"] != FORMAT_VERSION:
         raise SchemaMismatchError(
             f"{path} has format version {header['format_version']}, this metalearn reads {FORMAT_VERSION}; "

@@ -73,6 +73,8 @@ class ControllerConfig:
       cued: those at rest whose learning rate goes by a cue (`metalearn.controller.cues`); of the others the base is all
         there is.
       cue_above: of the cue, where the rate is raised.
+      decay_cued: those at rest whose weight decay goes by another cue, the generalisation gap.
+      decay_cue_at: of that cue, where the weight decay is left as it is: raised above, lowered below.
       reach: per controlled hyperparameter.
     """
 
@@ -85,6 +87,8 @@ class ControllerConfig:
     at_rest: tuple[str, ...] = ()
     cued: tuple[str, ...] = ()
     cue_above: float = 1 / 3
+    decay_cued: tuple[str, ...] = ()
+    decay_cue_at: float = 0.7
     reach: tuple[Reach, ...] = tuple(DEFAULT_REACH[name] for name in CONTROLLED)
 
     def __post_init__(self) -> None:
@@ -101,8 +105,13 @@ class ControllerConfig:
             raise InvalidArgumentError(f"`at_rest` must be among the families {self.families}, got {self.at_rest}")
         if not 0.0 < self.cue_above < math.inf:
             raise InvalidArgumentError(f"`cue_above` must be a positive number, got {self.cue_above}")
-        if not set(self.cued) <= set(self.at_rest):
-            raise InvalidArgumentError(f"`cued` must be among those at rest, {self.at_rest}, got {self.cued}")
+        if not 0.0 < self.decay_cue_at < math.inf:
+            raise InvalidArgumentError(f"`decay_cue_at` must be a positive number, got {self.decay_cue_at}")
+        for name in ("cued", "decay_cued"):
+            if not set(getattr(self, name)) <= set(self.at_rest):
+                raise InvalidArgumentError(
+                    f"`{name}` must be among those at rest, {self.at_rest}, got {getattr(self, name)}"
+                )
         if len(self.reach) != len(CONTROLLED):
             raise InvalidArgumentError(f"`reach` must have one entry for each of {CONTROLLED}, got {len(self.reach)}")
 
@@ -161,6 +170,7 @@ class ControllerConfig:
             content["families"] = tuple(content["families"])
             content["at_rest"] = tuple(content["at_rest"])
             content["cued"] = tuple(content["cued"])
+            content["decay_cued"] = tuple(content["decay_cued"])
             content["reach"] = tuple(Reach(**reach) for reach in content["reach"])
             return cls(**content)
         except (TypeError, ValueError) as error:

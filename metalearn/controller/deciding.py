@@ -63,9 +63,9 @@ def start_decision(stamp: Stamp, setting: Setting, position: Position, *, own_va
     elif setting.at_rest:
         family = setting.config.families[setting.family - 1]
         reason = f"start: base configuration, which is all that this controller has for {family} models"
-    elif setting.cued:
-        family = setting.config.families[setting.family - 1]
-        reason = f"start: base configuration, from which this controller raises the rate of {family} models on a cue"
+    elif setting.cues:
+        family, moved = setting.config.families[setting.family - 1], [cue.hyperparameter for cue in setting.cues]
+        reason = f"start: base configuration, from which {' and '.join(moved)} of {family} models go by cues"
     elif trust == 0.0:
         reason = "start: base configuration, since the domain lies outside the meta-training range"
     elif not np.isfinite(setting.network.start(setting.code)).all():

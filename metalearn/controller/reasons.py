@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from metalearn.controller.config import GROUP_CONTROLLED
 from metalearn.controller.setting import Moment, Setting
 from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES
 
@@ -14,8 +15,11 @@ Values = tuple[tuple[Mapping[str, float], ...], Mapping[str, float]]
 
 
 def influences(setting: Setting, moment: Moment, count: int = 2) -> tuple[str, ...]:
-    """Names the features that moved the learning rate most, each set to its median in turn (occlusion)."""
-    if moment.trust == 0.0 or not setting.bound[0][:, 0].any() or not np.isfinite(moment.group_action).all():
+    """Names the features that moved the learning rate most, each set to its median in turn (occlusion).
+
+    Of models that go by cues, what these move counts, be it the learning rate or not.
+    """
+    if moment.trust == 0.0 or not np.isfinite(moment.group_action).all():
         return ()
     group, run = moment.group, moment.run
     columns, run_columns = np.flatnonzero(group.any(0)), np.flatnonzero(run)
@@ -26,11 +30,15 @@ def influences(setting: Setting, moment: Moment, count: int = 2) -> tuple[str, .
     occluded, _, _ = setting.network.act(moment.hidden, groups, runs, setting.context)
     if np.shape(occluded) != (count_all, *moment.group_action.shape):  # no policy of ours: it shall not stop the run
         return ()
-    moved = (np.tanh(moment.group_action[:, 0]) - np.tanh(occluded[..., 0])).mean(1).tolist()
     names = [GROUP_FEATURES[i] for i in columns] + [GLOBAL_FEATURES[i] for i in run_columns]
-    effect = dict(zip(names, moved, strict=True))
-    top = [name for name in sorted(effect, key=lambda name: -abs(effect[name]))[:count] if abs(effect[name]) >= 0.005]
-    return tuple(f"{name} moved the learning rate's step by {effect[name]:+.2f} of the largest" for name in top)
+    effect = {}
+    for hyperparameter in [cue.hyperparameter for cue in setting.cues] or ["learning_rate"]:
+        index = GROUP_CONTROLLED.index(hyperparameter)
+        if setting.bound[0][:, index].any():
+            moved = (np.tanh(moment.group_action[:, index]) - np.tanh(occluded[..., index])).mean(1).tolist()
+            effect |= {(name, hyperparameter.replace("_", " ")): by for name, by in zip(names, moved, strict=True)}
+    top = [key for key in sorted(effect, key=lambda key: -abs(effect[key]))[:count] if abs(effect[key]) >= 0.005]
+    return tuple(f"{key[0]} moved the {key[1]}'s step by {effect[key]:+.2f} of the largest" for key in top)
 
 
 def situation(run: np.ndarray, since_best: int) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from metalearn.controller.actions import Position, confidence, start_position
 from metalearn.controller.config import GLOBAL_CONTROLLED, GROUP_CONTROLLED, ROLES, ControllerConfig
-from metalearn.controller.cues import CuePolicy
+from metalearn.controller.cues import Cue, CuePolicy, cues_of
 from metalearn.controller.observation import Normalizer, budget_descriptors, profile_descriptors
 from metalearn.controller.outcome import OutcomeModel
 from metalearn.controller.runtime import NumpyNetwork
@@ -86,14 +86,14 @@ class Setting:
         return flat(*self.bound)
 
     @property
-    def cued(self) -> bool:
-        """Whether the learning rate goes by a cue, and the rest is the base."""
-        return self.config.rows[self.family] in self.config.cued
+    def cues(self) -> tuple[Cue, ...]:
+        """What models of this family go by in mid-run, beside which all is the base; empty where there is a policy."""
+        return cues_of(self.config, self.config.rows[self.family])
 
     @property
     def at_rest(self) -> bool:
         """Whether the controller has nothing but the base for models of this family."""
-        return self.config.rows[self.family] in self.config.at_rest and not self.cued
+        return self.config.rows[self.family] in self.config.at_rest and not self.cues
 
     @property
     def confidence(self) -> float:
@@ -101,8 +101,8 @@ class Setting:
 
         A cue is of the run and not of the domain: what goes by one has all of its reach everywhere.
         """
-        if self.at_rest or self.cued:
-            return float(self.cued)
+        if self.at_rest or self.cues:
+            return float(bool(self.cues))
         return float(confidence(out_of_range(self.descriptors, np), np))
 
     @cached_property
@@ -166,11 +166,9 @@ def make_setting(
     )
     descriptors = describe(normalizer, profile, horizon=horizon, batch_size=batch_size)
     kept = withheld if withheld is not None else [()] * len(roles)
-    cued = config.rows[row] in config.cued
+    cues = cues_of(config, config.rows[row])
     return Setting(
-        network=CuePolicy(controller.checkpoint.network, normalizer.run, config.cue_above)
-        if cued
-        else controller.network,
+        network=CuePolicy(controller.checkpoint.network, normalizer.run, cues) if cues else controller.network,
         outcome=controller.outcome,
         config=config,
         descriptors=descriptors,

@@ -55,6 +55,13 @@ inside theirs, root mean square error beside that of always predicting the train
 """
 
 
+_ACTS = {
+    "cued": "learning rate is raised, up to three times, while the validation metric rises by much",
+    "decay_cued": "weight decay is raised or lowered, up to four times, by how much of what is learnt is memorised",
+}
+"""What the cues of a `ControllerConfig` do, by its field."""
+
+
 def _cue(measured: Mapping[str, Any], family: str) -> str:
     return f"{measured['gains'][family]:+.3f} for {family} on {measured['domains'][family]} of them"
 
@@ -76,12 +83,14 @@ The policy is at rest for {", ".join(config.at_rest)}: for those of them that it
 than the base on validation domains. Their bases were chosen by runs on whole domains (`scripts/choose_base.py`; where
 they are given in `bases.json` beside this, on which).
 """
-    cued = provenance.get("cued")
-    if cued is not None and config.cued:
-        at_rest += f"""
-Not all of them are left at their base: of {", ".join(config.cued)} the learning rate is raised, up to three times,
-while the validation metric rises by much (`metalearn.controller.cues`). Measured on whole meta-training domains
-(`scripts/choose_cue.py`), in log(NDCG@10 + 0.02): {", ".join(_cue(cued, family) for family in config.cued)}.
+    for field, acts in _ACTS.items():
+        families, measured = getattr(config, field), provenance.get(field)
+        if measured is not None and families:
+            at_rest += f"""
+Not all of them are left at their base: of {", ".join(families)} the
+{acts} (`metalearn.controller.cues`).
+Measured on whole meta-training domains (`scripts/choose_cue.py`), in log(NDCG@10 + 0.02):
+{", ".join(_cue(measured, family) for family in families)}.
 """
     released = provenance.get("tempered")
     tempered = (

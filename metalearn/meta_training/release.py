@@ -11,6 +11,7 @@ import numpy as np
 
 from metalearn.controller.checkpoint import Checkpoint, flatten
 from metalearn.controller.config import CONTROLLED, ControllerConfig
+from metalearn.controller.cues import FIELDS
 from metalearn.errors import InvalidArgumentError
 from metalearn.meta_training.config import KNOWN, ChosenBase, MetaTrainConfig
 from metalearn.meta_training.runner import CHUNK
@@ -102,24 +103,28 @@ def with_cues(
     checkpoint: Checkpoint,
     families: Sequence[str],
     *,
-    above: float = ControllerConfig.cue_above,
+    moves: str = "learning_rate",
+    at: float | None = None,
     **provenance: Any,
 ) -> Checkpoint:
-    """Returns a released checkpoint in which some families at rest go by the cue, and no others.
+    """Returns a released checkpoint in which some families at rest go by a cue, and no others by that one.
 
     Args:
       checkpoint: as it is.
       families: those; see `metalearn.controller.cues`.
-      above: see `ControllerConfig.cue_above`.
+      moves: the cue's hyperparameter, learning rate or weight decay.
+      at: threshold of the cue, see `ControllerConfig`; by default its own.
       provenance: on what grounds; kept in the checkpoint.
 
     Raises:
       InvalidArgumentError: one of the families is not at rest, or the threshold is out of range.
     """
+    field, threshold = FIELDS[moves]
+    set_to = {field: tuple(families), threshold: getattr(ControllerConfig, threshold) if at is None else at}
     return replace(
         checkpoint,
-        config=replace(checkpoint.config, cued=tuple(families), cue_above=above),
-        provenance={**checkpoint.provenance, "cued": {"families": list(families), **provenance}},
+        config=replace(checkpoint.config, **set_to),  # type: ignore[arg-type]
+        provenance={**checkpoint.provenance, field: {"families": list(families), **provenance}},
     )
 
 

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 from metalearn.signals.statistics import IntervalStatistics
 
-FEATURE_SCHEMA_VERSION = 1
+FEATURE_SCHEMA_VERSION = 2
 
 HALF_LIVES = (1.0, 3.0, 9.0)
 """Half-lives of the moving averages, in intervals: from one decision to about half a run of twenty."""
+
+LEAST_FALL = 0.03
+"""Of the training loss, as a share of what it was at first, before the generalisation gap can be told from noise."""
 
 GROUP_FEATURES = (
     "gradient_cosine",
@@ -52,6 +55,7 @@ GLOBAL_FEATURES = (
     "horizon_known",
     "validation_missing",
     "loss_not_finite",
+    "generalization_gap",
 )
 
 
@@ -96,6 +100,8 @@ class SignalHistory(NamedTuple):
     """[K, G] moving averages of log update ratio"""
     weight_norm_first: Any
     """[G]"""
+    training_loss_first: Any
+    """the first that was reported"""
 
 
 class SignalFeatures(NamedTuple):
@@ -115,7 +121,7 @@ def initial_history(num_groups: int, xp: ModuleType, dtype: Any) -> SignalHistor
     both = xp.full((len(HALF_LIVES), num_groups), float("nan"), dtype)
     zero = xp.zeros((), dtype)
     return SignalHistory(
-        zero, per_half_life, nan, per_half_life, nan, nan, nan, nan, zero, both, per_group, both, per_group
+        zero, per_half_life, nan, per_half_life, nan, nan, nan, nan, zero, both, per_group, both, per_group, nan
     )
 
 
@@ -127,6 +133,10 @@ def featurize(
     Every feature is a ratio, a relative change or a share: none changes when the mean loss, the metric, the gradient
     norms or the weight norms are multiplied by a constant, and none depends on sizes or on wall-clock time. One keeps a
     unit, the loss's: `scaled_curvature`, the rate times the curvature.
+
+    `generalization_gap` is the share of what the training loss has fallen by, since it was first reported, that the
+    validation loss has not followed it in: 0 where nothing is memorised, 1 where the rest is. It tells whether a model
+    wants more weight decay or less (docs/evidence.md).
 
     Args:
       statistics: raw measurements, NaN where not measured.
@@ -141,6 +151,7 @@ def featurize(
     decay = 0.5 ** (1.0 / xp.asarray(HALF_LIVES, dtype))
     steps = xp.maximum(xp.asarray(statistics.steps, dtype), 1.0)
     tiny = 1e-12
+    nan = xp.full((), float("nan"), dtype)
 
     def log(value):
         return xp.log(xp.maximum(value, tiny))
@@ -176,6 +187,12 @@ def featurize(
     weight_norm_first = xp.where(
         xp.isfinite(history.weight_norm_first), history.weight_norm_first, statistics.weight_norm
     )
+
+    training_loss = xp.asarray(statistics.training_loss, dtype)
+    training_loss_first = xp.where(xp.isfinite(history.training_loss_first), history.training_loss_first, training_loss)
+    fallen = training_loss_first - training_loss
+    gap = (statistics.validation_loss - training_loss) / xp.maximum(fallen, tiny)
+    gap = xp.where(fallen >= LEAST_FALL * xp.abs(training_loss_first), gap, nan)
 
     count = history.count + 1.0
     group = xp.stack(
@@ -221,6 +238,7 @@ def featurize(
             xp.where(xp.isfinite(progress), xp.ones((), dtype), xp.zeros((), dtype)),
             xp.where(xp.isfinite(value), xp.zeros((), dtype), xp.ones((), dtype)),
             xp.where(xp.asarray(statistics.nonfinite, dtype) > 0, xp.ones((), dtype), xp.zeros((), dtype)),
+            gap,
         ]
     )
     history = SignalHistory(
@@ -237,5 +255,6 @@ def featurize(
         log_gradient_peak,
         log_update,
         weight_norm_first,
+        training_loss_first,
     )
     return SignalFeatures(group, run), history

@@ -5,6 +5,7 @@ Shape legend: G parameter group.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -68,6 +69,10 @@ class IntervalStatistics(NamedTuple):
     """steps whose loss was not finite"""
     validation: Any
     """validation metric, higher is better"""
+    validation_loss: Any = math.nan
+    """mean loss of validation data"""
+    training_loss: Any = math.nan
+    """mean loss of training data, of the same weights and in the same way as `validation_loss`"""
 
 
 GROUP_STATISTICS = (
@@ -93,12 +98,15 @@ def interval_statistics(
     samples: Any,
     seconds: Any,
     xp: ModuleType,
+    validation_loss: Any = math.nan,
+    training_loss: Any = math.nan,
 ) -> IntervalStatistics:
     """Turns sums into ratios, the same way wherever they were measured.
 
     Args:
       sums: of one probe, each [G].
-      steps, loss_sum, loss_square_sum, nonfinite, validation, samples, seconds: as in `IntervalStatistics`.
+      steps, loss_sum, loss_square_sum, nonfinite, validation, samples, seconds, validation_loss, training_loss: as in
+        `IntervalStatistics`.
       xp: `numpy` or `jax.numpy`.
     """
     tiny = 1e-30
@@ -118,4 +126,6 @@ def interval_statistics(
         touched=sums.rows_touched / xp.maximum(sums.rows, 1.0),
         nonfinite=nonfinite,
         validation=validation,
+        validation_loss=validation_loss,
+        training_loss=training_loss,
     )

@@ -25,11 +25,15 @@ from metalearn.errors import InvalidArgumentError, SessionError
 from metalearn.safety.rollback import RollbackConfig
 from metalearn.session import Session
 from metalearn.torch.attendance import Attendance
+from metalearn.torch.metric import Losses
 from metalearn.torch.monitor import NUM_SUMS, Measured
 from metalearn.torch.recovery import Condition
 from metalearn.torch.sharding import is_sharded
 
-_HEAD = ("reports", "steps", "standing", "validation", "seconds", "ready", "finite", "trained", "memory")
+_HEAD = (
+    *("reports", "steps", "standing", "validation", *Losses._fields),
+    *("seconds", "ready", "finite", "trained", "memory"),
+)
 """First entries of what a process sends at the end of an interval; losses [S] and sums [10, G] follow."""
 
 
@@ -164,6 +168,7 @@ class Ranks:
             len(mine.losses),
             _checksum(standing.decision),
             mine.validation,
+            *mine.losses_reported,
             mine.seconds,
             condition.ready,
             condition.state_finite,
@@ -177,7 +182,8 @@ class Ranks:
         losses = rows[:, len(_HEAD) :][:, : len(mine.losses)]
         sums = rows[:, len(_HEAD) + interval :].sum(0).reshape(NUM_SUMS, -1)
         with np.errstate(all="ignore"):
-            measured = Measured(losses.mean(0), sums, heads["seconds"].max(), _mean(heads["validation"]))
+            reported = Losses(*(_mean(heads[name]) for name in Losses._fields))
+            measured = Measured(losses.mean(0), sums, heads["seconds"].max(), _mean(heads["validation"]), reported)
         return measured, Condition(
             state_finite=bool(heads["finite"].all()),
             seconds=float(heads["trained"].max()),

@@ -1,13 +1,23 @@
-"""Which of the validation metrics that a loop reports is followed, and which way is better."""
+"""What a loop reports: which of its validation metrics is followed, which way is better, and the losses beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 from metalearn.errors import InvalidArgumentError
 
 PREFERRED = ("ndcg@10", "ndcg", "recall@10", "hit@10", "mrr", "auc")
+
+
+class Losses(NamedTuple):
+    """Mean losses of the same weights, computed in the same way; NaN where they are not reported."""
+
+    validation_loss: float = math.nan
+    """of validation data"""
+    training_loss: float = math.nan
+    """of a sample of the training data"""
 
 
 class Metric:
@@ -34,14 +44,22 @@ class Metric:
         """
         return self._sign * self._pick(metrics)
 
-    def told(self, value: float) -> float:
-        """Inverts the sign of `read`."""
-        return self._sign * value
+    @staticmethod
+    def read_losses(metrics: float | Mapping[str, float]) -> Losses:
+        """Returns the losses that are among the metrics.
+
+        Raises:
+          InvalidArgumentError: one is no number.
+        """
+        if not isinstance(metrics, Mapping):
+            return Losses()
+        return Losses(*(_number(metrics.get(name, math.nan)) for name in Losses._fields))
 
     def _pick(self, metrics: float | Mapping[str, float]) -> float:
         if not isinstance(metrics, Mapping):
             return _number(metrics)
-        names: Sequence[str] = [self.name] if self.name else [n for n in PREFERRED if n in metrics] or list(metrics)
+        others = [name for name in metrics if name not in Losses._fields] or list(metrics)
+        names = [self.name] if self.name else [name for name in PREFERRED if name in metrics] or others
         if not metrics:
             raise InvalidArgumentError("`metrics` is empty; report at least one number")
         if names[0] not in metrics or (len(names) > 1 and names[0] not in PREFERRED):

@@ -14,6 +14,7 @@ import torch
 
 from metalearn.errors import InvalidArgumentError
 from metalearn.signals import IntervalStatistics, ProbeSums, interval_statistics
+from metalearn.torch.metric import Losses
 from metalearn.torch.sharding import first_row, local, measured_here
 
 MAX_PROBED = 2**14
@@ -25,6 +26,7 @@ HOST_DEVICES = ("cpu",)
 """Where a tensor's memory is the host's, so that reading it waits for nothing."""
 NUM_SUMS = 10
 """Sums of a probe."""
+_NO_LOSSES = Losses()
 RING = 64
 """Losses that are kept one by one before they are moved on together."""
 
@@ -40,6 +42,7 @@ class Measured(NamedTuple):
     seconds: float
     validation: float
     """higher is better; NaN if there is none"""
+    losses_reported: Losses
 
 
 class _Sample:
@@ -295,6 +298,7 @@ class Monitor:
         self,
         *,
         validation: float,
+        losses: Losses = _NO_LOSSES,
         batch_size: int | None,
         merge: Callable[[Measured], Measured] | None = None,
     ) -> IntervalStatistics:
@@ -302,22 +306,24 @@ class Monitor:
 
         Args:
           validation: the metric, higher is better; NaN if there is none.
+          losses: that were reported beside it.
           batch_size: samples per step, of all processes; None if unknown.
           merge: makes of what this process has measured what all have; None if there are no others.
         """
         now = time.monotonic()
-        measured = Measured(*self._to_host(), now - self._began, validation)
+        measured = Measured(*self._to_host(), now - self._began, validation, losses)
         if merge is not None:
             measured = merge(measured)
-        losses = measured.losses
+        of_steps = measured.losses
         with np.errstate(all="ignore"):
             result = interval_statistics(
                 self._sample.probe_sums(measured.sums),
                 steps=float(self.steps),
-                loss_sum=losses.sum(),
-                loss_square_sum=np.square(losses).sum(),
-                nonfinite=float((~np.isfinite(losses)).sum()),
+                loss_sum=of_steps.sum(),
+                loss_square_sum=np.square(of_steps).sum(),
+                nonfinite=float((~np.isfinite(of_steps)).sum()),
                 validation=measured.validation,
+                **measured.losses_reported._asdict(),
                 samples=float("nan") if batch_size is None else float(self.steps * batch_size),
                 seconds=measured.seconds,
                 xp=np,

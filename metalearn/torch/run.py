@@ -24,6 +24,7 @@ from metalearn.torch.calls import CallOrder, IdleCalls
 from metalearn.torch.constraining import Constraining
 from metalearn.torch.distributed import Ranks, Standing, own_part
 from metalearn.torch.drift_watch import DriftWatch, no_way_back
+from metalearn.torch.metric import Losses
 from metalearn.torch.monitor import Measured, Monitor
 from metalearn.torch.overrides import Change, Overrides
 from metalearn.torch.recovery import Condition, Recovery
@@ -77,6 +78,8 @@ class Run:
     """all that were ever in force, in this order"""
     validation: float = field(default=math.nan, init=False)
     """reported of this interval; higher is better, NaN if nothing was"""
+    losses: Losses = field(default_factory=Losses, init=False)
+    """reported beside it"""
     reported: bool = field(default=False, init=False)
     """whether something was since the interval ended"""
     told: dict[str, Any] | None = field(default=None, init=False)
@@ -216,6 +219,7 @@ class Run:
             "recorded_steps": self._recorded_steps,
             "budget": self.budget.state_dict(),
             "validation": self.validation,
+            "losses": list(self.losses),
             "curves": None if self.drift is None else self.drift.curves(),
         }
 
@@ -234,6 +238,7 @@ class Run:
         self._recorded_steps = int(position["recorded_steps"])
         self.should_validate = self.monitor.steps >= self.interval
         self.validation = float(position["validation"])
+        self.losses = Losses(*position.get("losses", ()))  # states of before they were reported lack them
         if self.drift is not None and position.get("curves") is not None:
             self.drift.rewind(position["curves"])
         self.told = None
@@ -333,7 +338,7 @@ class Run:
         """
         began, worked = perf_counter(), thread_time()
         statistics, condition = self._measure(reports=reports)
-        self.validation, self.reported = math.nan, False
+        self.validation, self.losses, self.reported = math.nan, Losses(), False
         self.should_validate = False
 
         rate = float(statistics.samples) / max(condition.seconds, 1e-9)
@@ -371,6 +376,7 @@ class Run:
 
         statistics = self.monitor.statistics(
             validation=self.validation,
+            losses=self.losses,
             batch_size=self.overrides.samples_per_step(self.session.batch_size),
             merge=None if self.ranks is None else meet,
         )

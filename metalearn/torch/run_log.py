@@ -13,6 +13,7 @@ from metalearn.profiles import DomainProfile
 from metalearn.safety.drift.report import DriftReport
 from metalearn.safety.rollback import Rollback
 from metalearn.signals import IntervalStatistics
+from metalearn.torch.metric import Losses
 from metalearn.torch.overrides import Change
 
 
@@ -86,8 +87,10 @@ class RunLog:
 def measured(statistics: IntervalStatistics) -> dict[str, float]:
     """Returns what of an interval a decision is logged with."""
     steps, seconds = float(statistics.steps), float(statistics.seconds)
+    reported = {name: float(getattr(statistics, name)) for name in Losses._fields}
     return {
         "validation": float(statistics.validation),
+        **{name: value for name, value in reported.items() if math.isfinite(value)},
         "loss": float(statistics.loss_sum) / steps,
         "seconds": seconds,
         "samples_per_second": float(statistics.samples) / seconds if seconds > 0 else math.nan,

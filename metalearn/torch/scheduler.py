@@ -337,6 +337,10 @@ class MetaScheduler:
         In a run of several processes all call it at the end of an interval, and wait there for one another. Those
         without a metric pass None; of several metrics it is the mean. Between the ends of intervals nobody waits.
 
+        With `validation_loss` and `training_loss` in the mapping, mean losses of validation data and of a sample of the
+        training data, both of the weights that are validated and without dropout, the controller knows how much of
+        what is learnt is memorised, and weighs the weight decay by that for models that it has a cue for.
+
         Args:
           metrics: the metric, or a mapping that holds it.
 
@@ -351,12 +355,18 @@ class MetaScheduler:
         run = self._run
         if metrics is not None or run.ranks is None:
             run.validation = self._metric.read(metrics)  # type: ignore[arg-type]
+            run.losses = self._metric.read_losses(metrics)  # type: ignore[arg-type]
             self._warn_of_raw_weights()
+        self._conclude()
+        return run.decision
+
+    def _conclude(self) -> None:
+        """Decides if an interval has ended, and the weights are not the averaged ones."""
+        run = self._run
         run.rolled_back, run.reported = False, run.should_validate
         if run.should_validate and not self._in_average:
             run.decide(reports=True)
             run.save_told()
-        return run.decision
 
     def observe_profile(self, window: DomainProfile, *, domain: DomainProfile | None = None) -> Decision:
         """Takes in the profile of the next window of incoming interactions: whether the data drifts, it shows.
@@ -401,7 +411,7 @@ class MetaScheduler:
             reshard(run.model)
         waits = run.reported if run.ranks is not None else not math.isnan(run.validation)
         if run.should_validate and waits:
-            self.report(self._metric.told(run.validation))
+            self._conclude()
 
     def _warn_of_raw_weights(self) -> None:
         """Warns once if a metric is reported of the weights as they are, and averages are there to be evaluated."""

@@ -127,7 +127,7 @@ def test_memory_layout_does_not_matter(tmp_path: Path):
 def test_header_is_pinned(written: Path):
     tensors, header = contents(written)
     assert set(header) == set(HEADER_KEYS)
-    assert header["format_version"] == FORMAT_VERSION == "4"
+    assert header["format_version"] == FORMAT_VERSION == "5"
     assert header["package_version"] == metalearn.__version__
     assert header["sha256"] == digest(tensors, header)
     assert {name.partition("/")[0] for name in tensors} == {"network", "prior", "normalizer"}
@@ -272,15 +272,15 @@ def test_huge_files_are_refused_unread(tmp_path: Path):
 
 
 def test_another_format_version_is_named(path: Path):
-    rewrite(path, format_version="5", package_version="9.9")
-    with pytest.raises(SchemaMismatchError, match=r"format version 5, this metalearn reads 4; use metalearn 9\.9"):
+    rewrite(path, format_version="6", package_version="9.9")
+    with pytest.raises(SchemaMismatchError, match=r"format version 6, this metalearn reads 5; use metalearn 9\.9"):
         load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"version": 2}, "version"),
+        ({"version": 1}, "version"),
         ({"run": [*GLOBAL_FEATURES[1:], GLOBAL_FEATURES[0]]}, "run"),
         ({"group": ["temperature", *GROUP_FEATURES[1:]]}, "group"),
         ({"descriptors": list(DESCRIPTORS[:-1])}, "descriptors"),

@@ -12,7 +12,9 @@ from safetensors.numpy import load
 from metalearn import load_controller
 from metalearn.controller import CONTROLLED, load_checkpoint, save_checkpoint
 from metalearn.controller.checkpoint import FORMAT_VERSION
+from metalearn.controller.outcome import input_names
 from metalearn.errors import CheckpointError, InvalidArgumentError
+from metalearn.signals import GLOBAL_FEATURES, GROUP_FEATURES
 from tests.golden_decisions import NUM_INTERVALS, decide, golden_checkpoint, recorded_decisions
 from tests.intervals import make_profile
 
@@ -42,11 +44,33 @@ def test_format_1_has_one_base_for_every_model():
         assert values == pytest.approx(card, rel=1e-3)
     assert not checkpoint.network["family"].any()
     for name, tensor in tensors.items():
-        if name.startswith("network/"):
+        if name.startswith("network/") and name != "network/mix/kernel":
             np.testing.assert_array_equal(checkpoint.network[name.removeprefix("network/")], tensor)
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_what_formats_before_5_did_not_know_has_no_weight(version: int):
+    tensors, header = raw(golden_checkpoint(version))
+    checkpoint = load_checkpoint(golden_checkpoint(version))
+    known = json.loads(header["feature_schema"])
+    added = [name for name in GLOBAL_FEATURES if name not in known["run"]]
+    assert added == ["generalization_gap"]
+    row = len(GROUP_FEATURES) + GLOBAL_FEATURES.index(added[0])
+    mix = checkpoint.network["mix/kernel"]
+    assert not mix[row].any()
+    np.testing.assert_array_equal(np.delete(mix, row, 0), tensors["network/mix/kernel"])
+    np.testing.assert_array_equal(checkpoint.normalizer.run[:-1], tensors["normalizer/run"])
+    if "outcome/hidden_0/kernel" not in tensors:
+        return
+    names = input_names(checkpoint.config)
+    column, hidden = names.index(f"run_{added[0]}"), tensors["outcome/head/kernel"].shape[1] - len(names) + 1
+    for name, place in (("hidden_0", column), ("head", hidden + column)):
+        kernel = checkpoint.outcome[f"outcome/{name}/kernel"]
+        assert not kernel[:, place].any()
+        np.testing.assert_array_equal(np.delete(kernel, place, 1), tensors[f"outcome/{name}/kernel"])
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_it_decides_what_it_decided(version: int):
     decided, recorded = decide(load_controller(golden_checkpoint(version))), recorded_decisions(version)
     assert decided.keys() == recorded.keys()
@@ -75,7 +99,7 @@ def test_the_rate_of_formats_1_and_2_decays_to_nothing():
     assert controller.config.decay_to == 0.0
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
 def test_an_old_format_written_again_is_the_current_one(tmp_path: Path, version: int):
     checkpoint = load_checkpoint(golden_checkpoint(version))
     again = load_checkpoint(save_checkpoint(checkpoint, tmp_path / "controller.safetensors"))

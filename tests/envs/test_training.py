@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch
 from envs.domains import Domain, make_domain
 from envs.evaluation_sets import evaluation_set
 from envs.metrics import ranking_metrics, top_k
-from envs.recommenders import Evaluator, MatrixFactorization, TripleSampler
+from envs.recommenders import RECOMMENDERS, Evaluator, MatrixFactorization, TripleSampler
 from envs.recommenders import evaluation as evaluation_module
-from envs.recommenders.training import PlainSchedule, TrainingSettings, train
+from envs.recommenders.training import HeldOutLosses, PlainSchedule, TrainingSettings, train
 from envs.simulated import SimulatedPrior, simulate
 from metalearn.errors import InvalidArgumentError
 
@@ -185,7 +186,7 @@ class Averaging(PlainSchedule):
     def __init__(self, model: MatrixFactorization, interval: int) -> None:
         super().__init__(interval)
         self.model, self.first = model, model.user.weight.detach().clone()
-        self.reported: list[float] = []
+        self.reported: list[Mapping[str, float]] = []
 
     @contextmanager
     def averaged_parameters(self):
@@ -194,7 +195,7 @@ class Averaging(PlainSchedule):
         yield
         self.model.user.weight.data.copy_(trained)
 
-    def report(self, metrics: float) -> None:
+    def report(self, metrics: Mapping[str, float]) -> None:
         assert not torch.equal(self.model.user.weight, self.first)  # swapped back by now
         self.reported.append(metrics)
 
@@ -204,5 +205,42 @@ def test_averaged_weights_are_validated_kept_and_reported(domain: Domain):
     steering = Averaging(model, SETTINGS.interval)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     result = train(model, optimizer, steering, domain, SETTINGS, seed=0)
-    assert steering.reported == [value for _, value in result.validation]
+    assert [metrics["ndcg"] for metrics in steering.reported] == [value for _, value in result.validation]
     assert torch.equal(model.user.weight, steering.first)
+
+
+def test_losses_of_both_parts_are_reported_of_the_same_weights(domain: Domain):
+    model = model_of(domain, dropout=0.5)
+    steering = Averaging(model, SETTINGS.interval)
+    train(model, torch.optim.AdamW([model.user.weight], lr=0.05), steering, domain, SETTINGS, seed=0)
+    first, *others = steering.reported
+    assert first.keys() == {"ndcg", "validation_loss", "training_loss"}
+    assert all(metrics == first for metrics in others)  # of the averaged weights, which stay, and without dropout
+    memory, held_out = model_of(domain), HeldOutLosses(TripleSampler(domain.train, 32, seed=0), domain)
+    before = held_out(memory)
+    memorise = torch.optim.AdamW(memory.parameters(), lr=0.05, weight_decay=0.0)
+    train(memory, memorise, PlainSchedule(SETTINGS.interval), domain, SETTINGS, seed=0)
+    after = held_out(memory)
+    assert after["training_loss"] < after["validation_loss"]
+    assert after["training_loss"] < before["training_loss"]
+    assert memory.training
+
+
+@pytest.mark.parametrize("family", list(RECOMMENDERS))
+def test_what_is_held_out_is_drawn_as_training_data_is(domain: Domain, family: str):
+    model = RECOMMENDERS[family].for_domain(domain, dim=4)
+    sampler = model.sampler(domain, 16, seed=0)
+    position = str(sampler.state_dict())
+    found = sampler.over(domain.validation, seed=0)
+    if family == "self_attention":
+        assert found is None
+        assert HeldOutLosses(sampler, domain)(model) == {}
+        return
+    user, item = (column[:16].tolist() for column in found.next()[:2])
+    known = set(zip(domain.validation.user.tolist(), domain.validation.item.tolist(), strict=True))
+    assert set(zip(user, item, strict=True)) <= known
+    assert str(sampler.state_dict()) == position
+    batch = sampler.over(domain.train, seed=0).next()
+    assert [part.shape for part in batch] == [part.shape for part in sampler.next()]
+    assert sampler.over(domain.validation.select(np.arange(0)), seed=0) is None
+    assert len(sampler.over(domain.validation.select(np.arange(3)), seed=0).next()[0]) <= 6

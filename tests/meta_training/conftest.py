@@ -76,7 +76,7 @@ def prior(config: ControllerConfig) -> Prior:
 
 @pytest.fixture(scope="session")
 def untrained(config: ControllerConfig) -> PolicyParams:
-    return jax.tree.map(np.asarray, ppo.init(config, ppo.PPOConfig(), key=jax.random.key(0)))
+    return jax.tree.map(np.asarray, ppo.init(config, ppo.PPOConfig(), key=jax.random.key(1)))
 
 
 @pytest.fixture(scope="session")

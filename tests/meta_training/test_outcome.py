@@ -308,6 +308,7 @@ TASK, TOLD = np.arange(CHUNK) % 2, np.arange(CHUNK) % 4 < 2
 def rolled(config: ControllerConfig, acting: PolicyParams, prior: Prior) -> tuple[Episode, np.ndarray]:
     """Episodes of an acting policy from forced starts, half of them of an unknown horizon."""
     starts = warm_start.draw_configurations(CHUNK, config, None, np.random.default_rng(0))
+    starts[:, -1] = np.maximum(starts[:, -1], 0.3)  # a dropout that no residual takes to 0, where it would be cut off
     chunk = make_chunk(0, 4, task=TASK, initialization=7, horizon_told=TOLD, start=starts, num_start=len(CONTROLLED))
     (episodes,) = RolloutRunner([Pool()], config).run([chunk], acting, prior, explore=1.0)
     return episodes, starts

@@ -56,12 +56,15 @@ def assert_same(one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.
             np.testing.assert_allclose(a[..., index], b[..., index], err_msg=name, **tolerance)
 
 
-def test_schema_of_version_1_is_pinned():
+def test_schema_of_version_2_is_pinned():
     # A change of names or of their order needs a new FEATURE_SCHEMA_VERSION: checkpoints rely on it.
-    assert FEATURE_SCHEMA_VERSION == 1
+    assert FEATURE_SCHEMA_VERSION == 2
     assert len(set(GROUP_FEATURES + GLOBAL_FEATURES)) == len(GROUP_FEATURES) + len(GLOBAL_FEATURES)
     assert (len(GROUP_FEATURES), GROUP_FEATURES[0], GROUP_FEATURES[-1]) == (14, "gradient_cosine", "beta1_residual")
-    assert (len(GLOBAL_FEATURES), GLOBAL_FEATURES[0], GLOBAL_FEATURES[-1]) == (20, "loss_fast_trend", "loss_not_finite")
+    assert (len(GLOBAL_FEATURES), GLOBAL_FEATURES[0], GLOBAL_FEATURES[-1]) == (
+        *(21, "loss_fast_trend"),
+        "generalization_gap",
+    )
 
 
 @pytest.mark.parametrize("missing", [0.0, 0.15, 0.5])
@@ -82,9 +85,12 @@ def test_numpy_and_jax_agree_on_a_recorded_run():
 
 
 def test_from_the_first_interval_on_all_is_defined_but_what_compares_with_the_one_before():
-    group, run = run_features([make_interval(displacement=[np.nan] * 2), make_interval()])
+    group, run = run_features([make_interval(displacement=[np.nan] * 2), make_interval(training_loss=0.4)])
     undefined = {n for n in GROUP_FEATURES + GLOBAL_FEATURES if not np.isfinite(feature(n, group[0], run[0])).all()}
-    assert undefined == {"straightness", "validation_change", "validation_z_score"}
+    assert undefined == {
+        *("straightness", "validation_change", "validation_z_score"),
+        "generalization_gap",
+    }
     assert np.isfinite(group[1]).all()
     assert np.isfinite(run[1]).all()
 
@@ -105,6 +111,7 @@ def test_a_loop_that_measures_nothing_has_defined_controls_only():
     "powers",
     [
         pytest.param({"loss_sum": 1, "loss_square_sum": 2}, id="loss"),
+        pytest.param({"validation_loss": 1, "training_loss": 1}, id="reported losses"),
         pytest.param({"validation": 1}, id="metric"),
         pytest.param({"gradient_norm": 1}, id="gradients"),
         pytest.param({"weight_norm": 1}, id="weights"),
@@ -175,6 +182,17 @@ def test_golden_validation_features():
     assert feature("validation_missing", group, run).tolist() == [0, 0, 0, 1, 0]
 
 
+def test_golden_generalization_gap():
+    # It fell from 0.7 to 0.5, and validation is 0.05 above: a quarter of that is memorised.
+    losses = [(0.7, 0.7), (0.695, 0.7), (0.5, 0.55), (0.5, np.nan), (np.nan, 0.6), (0.4, 0.7), (0.75, 0.7)]
+    run = run_features([make_interval(training_loss=a, validation_loss=b) for a, b in losses])
+    gap = feature("generalization_gap", *run)
+    assert gap[[2, 5]].tolist() == pytest.approx([0.25, 1.0])
+    assert np.isnan(gap[[0, 1, 3, 4, 6]]).all()  # not before it has fallen, by more than noise
+    late = run_features([make_interval(training_loss=a) for a in (np.nan, 0.8, 0.6)])
+    assert feature("generalization_gap", *late)[2] == pytest.approx(0.0)  # 0.6 of validation, too
+
+
 def test_golden_group_features():
     intervals = [make_interval(), make_interval(gradient_norm=[0.1, 0.4], weight_norm=[8.0, 2.0])]
     group, run = run_features(intervals)
@@ -198,7 +216,7 @@ def test_unknown_horizon_and_epochs():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_diverged_interval_is_flagged_and_leaves_no_trace_in_the_averages(bad: float):
     broken = make_interval(loss_sum=bad, loss_square_sum=bad, nonfinite=3.0, gradient_norm=[bad, 0.2], validation=bad)
-    calm = [make_interval(), make_interval(), make_interval()]
+    calm = [make_interval(), *(make_interval(training_loss=0.4) for _ in range(2))]
     group, run = run_features([calm[0], broken, calm[1]])
     assert feature("loss_not_finite", group, run).tolist() == [0, 1, 0]
     assert np.isfinite(group[2]).all()

@@ -154,8 +154,9 @@ class Loop:
         """Report if it is time, in rank 0; the others have nothing to say."""
         if not self.scheduler.should_validate:
             return
-        value = self.score() if self.rank == 0 or self.job.kind != "ddp" else None
-        self.scheduler.report(value if self.rank == 0 else None)
+        value = self.score() if self.rank == 0 or self.job.kind != "ddp" else math.nan
+        losses = {"validation_loss": -value, "training_loss": -0.5 * value}
+        self.scheduler.report({"ndcg": value, **losses} if self.rank == 0 else None)
 
     def advance(self) -> None:
         """Go on to the end of the run."""

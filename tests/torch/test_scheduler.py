@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,11 @@ import torch
 
 from envs.domains import Domain
 from envs.recommenders import MatrixFactorization
-from metalearn import Controller
+from metalearn import Controller, load_controller
 from metalearn.audit import read_decisions
+from metalearn.controller.decision import Decision
 from metalearn.errors import CheckpointError, InvalidArgumentError, SessionError
+from metalearn.meta_training.release import with_cues
 from metalearn.torch import MetaScheduler
 from metalearn.torch.scheduler import MAX_IDLE_CALLS
 from tests.torch.runs import BATCH_SIZE, Run, start
@@ -140,6 +145,93 @@ def test_metrics_come_as_numbers_or_mappings(domain: Domain, controller: Control
     worse = decide(lambda x: x, mode="min")
     assert worse != plain
     assert "below the best" in " ".join(worse[-1].reasons)
+
+
+class Weighed:
+    """A run whose weight decay goes by the losses that it reports: validation hardly follows training."""
+
+    def __init__(self, domain: Domain, *, inside: bool, losses: bool = True) -> None:
+        checkpoint = with_cues(load_controller().checkpoint, ["two_tower"], moves="weight_decay")
+        self.run = start(domain, controller=Controller(checkpoint), family="two_tower", interval=INTERVAL)
+        assert self.run.scheduler is not None
+        self.scheduler, self.inside, self.losses, self.reports = self.run.scheduler, inside, losses, 0
+
+    def advance(self, intervals: int) -> list[Decision]:
+        for _ in range(intervals):
+            for _ in range(INTERVAL):
+                self.run.step()
+            metrics = {
+                "mine": 0.3,
+                "validation_loss": 1.0 - 0.02 * self.reports,
+                "training_loss": 1.0 - 0.1 * self.reports,
+            }
+            self.reports += 1
+            metrics = metrics if self.losses else {"mine": 0.3}
+            with self.scheduler.averaged_parameters():
+                if self.inside:
+                    self.scheduler.report(metrics)
+            if not self.inside:
+                self.scheduler.report(metrics)
+        return self.scheduler.decisions
+
+
+def decays_of(decisions: Iterable[Decision]) -> list[float]:
+    return [decision.groups[0]["weight_decay"] for decision in decisions]
+
+
+def test_reported_losses_move_the_decay_of_models_that_go_by_them(domain: Domain):
+    decisions = Weighed(domain, inside=False).advance(4)
+    decays = decays_of(decisions)
+    assert decays[0] == decays[1] < decays[2] < decays[3] < decays[4]
+    assert Weighed(domain, inside=True).advance(4) == decisions
+    assert len(set(decays_of(Weighed(domain, inside=False, losses=False).advance(4)))) == 1
+
+
+def test_reported_losses_are_in_the_state(domain: Domain):
+    expected = Weighed(domain, inside=False).advance(4)
+    before, after = Weighed(domain, inside=False), Weighed(domain, inside=False)
+    before.advance(2)
+    for _ in range(INTERVAL - 1):
+        before.run.step()
+    with before.scheduler.averaged_parameters():
+        before.scheduler.report({"mine": 0.3, "validation_loss": 0.96, "training_loss": 0.8})
+    after.run.model.load_state_dict(before.run.model.state_dict())
+    after.run.optimizer.load_state_dict(before.run.optimizer.state_dict())
+    after.scheduler.load_state_dict(copy.deepcopy(before.scheduler.state_dict()))
+    for _ in range(2):
+        after.run.step()  # nobody reports: what was reported before the interval's end counts
+    assert decays_of([after.scheduler.decision]) == decays_of(expected[3:4])
+
+
+def test_reported_losses_are_logged(domain: Domain, tmp_path: Path):
+    run = start(domain, controller=load_controller(), horizon=120, decision_log=tmp_path / "log.jsonl")
+    for losses in ({"validation_loss": 0.5, "training_loss": 0.25}, {}):
+        for _ in range(INTERVAL):
+            run.step()
+        assert run.scheduler is not None
+        run.scheduler.report({"ndcg": 0.3, **losses})
+    *_, first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
+    assert '"training_loss": 0.25' in json.dumps(first)
+    assert '"validation_loss": 0.5' in json.dumps(first)
+    assert "training_loss" not in json.dumps(second)
+
+
+@pytest.mark.parametrize("name", ["validation_loss", "training_loss"])
+def test_a_loss_that_is_no_number_is_refused(domain: Domain, controller: Controller, name: str):
+    run = start(domain, controller=controller)
+    assert run.scheduler is not None
+    with pytest.raises(InvalidArgumentError, match=r"`metrics` must hold numbers, got 'low'; report math\.nan"):
+        run.scheduler.report({"ndcg": 0.3, name: "low"})
+
+
+def test_a_validation_loss_may_be_the_metric(domain: Domain, controller: Controller):
+    run = start(domain, controller=controller, mode="min", horizon=120)
+    assert run.scheduler is not None
+    for value in (0.5, 0.4):
+        for _ in range(INTERVAL):
+            run.step()
+        run.scheduler.report({"validation_loss": value})
+    assert "validation: best so far" in " ".join(run.scheduler.decision.reasons)
 
 
 @pytest.mark.parametrize(
