@@ -134,6 +134,7 @@ def test_the_shipped_networks_agree_in_single_precision_too(num_groups: int):
         families=config.families,
         at_rest=config.at_rest,
         cued=config.cued,
+        decay_cued=config.decay_cued,
         decay_to=config.decay_to,
     )
     for observed in (random_observations(4, num_groups), recorded_observations(shipped)):
