@@ -137,9 +137,8 @@ def controller_of_runs(moves: str) -> dict[str, Any]:
     """Returns what runs depend on: the cue, and the shipped controller's held bases by family in unit ranges."""
     field, threshold = FIELDS[moves]
     family, *_ = load_controller().config.at_rest
-    (cue,) = cues_of(
-        ControllerConfig(descriptors=(), families=(family,), at_rest=(family,), **{field: (family,)}), family
-    )
+    config = ControllerConfig(descriptors=(), families=(family,), at_rest=(family,), **{field: (family,)})
+    (cue,) = cues_of(config, family, held=True)
     checkpoint = load_controller().checkpoint
     bases = {
         name: [round(float(unit), 6) for unit in base[0]]

@@ -27,7 +27,7 @@ def make_interval(num_groups: int = 2, **changes) -> IntervalStatistics:
         "nonfinite": 0.0,
         "validation": 0.1,
         "validation_loss": 0.6,
-        "training_loss": 0.5,
+        "training_sample_loss": 0.5,
     }
     return IntervalStatistics(**{name: np.asarray(value, np.float64) for name, value in (fields | changes).items()})
 
@@ -73,7 +73,7 @@ def random_intervals(
             if name != "loss_square_sum":
                 gaps = rng.random(np.shape(values[name])) < missing
                 values[name] = np.where(gaps, np.nan, values[name])
-        values["training_loss"] = 0.7 * 0.95**index if of_losses.random() >= missing else np.nan
+        values["training_sample_loss"] = 0.7 * 0.95**index if of_losses.random() >= missing else np.nan
         values["validation_loss"] = 0.7 * 0.97**index
         intervals.append(make_interval(num_groups, steps=steps, seconds=rng.random(), **values))
     return intervals

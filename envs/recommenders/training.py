@@ -130,7 +130,7 @@ class HeldOutLosses:
     NUM_BATCHES = 16
 
     def __init__(self, sampler: Sampler, domain: Domain) -> None:
-        parts = {"validation_loss": domain.validation, "training_loss": domain.train}
+        parts = {"validation_loss": domain.validation, "training_sample_loss": domain.train}
         samplers = {name: sampler.over(part, seed=0) for name, part in parts.items()}
         self._batches = {
             name: [found.next() for _ in range(self.NUM_BATCHES)]

@@ -5,7 +5,7 @@
   distance between a fast and a slow average of the metric, as a share of the best so far.
 - **Memorising**: of what the training loss has fallen by, the validation loss has not followed in a share, the feature
   `generalization_gap`. Where that is large the weight decay is raised, where it is small it is lowered. A loop that
-  does not report both losses keeps the base's.
+  does not report both losses, or whose rate decays, keeps the base's.
 
 Both stay within the trust region. docs/evidence.md says on which domains they act, and what that is worth.
 """
@@ -43,12 +43,19 @@ FIELDS = {"learning_rate": ("cued", "cue_above"), "weight_decay": ("decay_cued",
 """Of each hyperparameter that a cue moves: where a `ControllerConfig` says for which families, and from where on."""
 
 
-def cues_of(config: ControllerConfig, family: str) -> tuple[Cue, ...]:
-    """Returns what models of a family go by in mid-run; nothing where they have a policy, or their base alone."""
+def cues_of(config: ControllerConfig, family: str, *, held: bool) -> tuple[Cue, ...]:
+    """Returns what models of a family go by in mid-run; nothing where they have a policy, or their base alone.
+
+    Args:
+      config: of the controller.
+      family: of the model.
+      held: whether the learning rate is, and does not decay over a horizon: the weight decay is left alone where it
+        does, since what it comes to there goes with the rate, and was not measured.
+    """
     found = []
     if family in config.cued:
         found.append(Cue("validation_trend", "learning_rate", config.cue_above))
-    if family in config.decay_cued:
+    if held and family in config.decay_cued:
         at = config.decay_cue_at
         found.append(Cue("generalization_gap", "weight_decay", at + DEAD_BAND, at - DEAD_BAND))
     return tuple(found)

@@ -88,7 +88,7 @@ class Setting:
     @property
     def cues(self) -> tuple[Cue, ...]:
         """What models of this family go by in mid-run, beside which all is the base; empty where there is a policy."""
-        return cues_of(self.config, self.config.rows[self.family])
+        return cues_of(self.config, self.config.rows[self.family], held=not self.horizon_known)
 
     @property
     def at_rest(self) -> bool:
@@ -166,7 +166,7 @@ def make_setting(
     )
     descriptors = describe(normalizer, profile, horizon=horizon, batch_size=batch_size)
     kept = withheld if withheld is not None else [()] * len(roles)
-    cues = cues_of(config, config.rows[row])
+    cues = cues_of(config, config.rows[row], held=horizon is None)
     return Setting(
         network=CuePolicy(controller.checkpoint.network, normalizer.run, cues) if cues else controller.network,
         outcome=controller.outcome,

@@ -100,7 +100,7 @@ class SignalHistory(NamedTuple):
     """[K, G] moving averages of log update ratio"""
     weight_norm_first: Any
     """[G]"""
-    training_loss_first: Any
+    training_sample_loss_first: Any
     """the first that was reported"""
 
 
@@ -188,11 +188,13 @@ def featurize(
         xp.isfinite(history.weight_norm_first), history.weight_norm_first, statistics.weight_norm
     )
 
-    training_loss = xp.asarray(statistics.training_loss, dtype)
-    training_loss_first = xp.where(xp.isfinite(history.training_loss_first), history.training_loss_first, training_loss)
-    fallen = training_loss_first - training_loss
-    gap = (statistics.validation_loss - training_loss) / xp.maximum(fallen, tiny)
-    gap = xp.where(fallen >= LEAST_FALL * xp.abs(training_loss_first), gap, nan)
+    training_sample_loss = xp.asarray(statistics.training_sample_loss, dtype)
+    training_sample_loss_first = xp.where(
+        xp.isfinite(history.training_sample_loss_first), history.training_sample_loss_first, training_sample_loss
+    )
+    fallen = training_sample_loss_first - training_sample_loss
+    gap = (statistics.validation_loss - training_sample_loss) / xp.maximum(fallen, tiny)
+    gap = xp.where(fallen >= LEAST_FALL * xp.abs(training_sample_loss_first), gap, nan)
 
     count = history.count + 1.0
     group = xp.stack(
@@ -255,6 +257,6 @@ def featurize(
         log_gradient_peak,
         log_update,
         weight_norm_first,
-        training_loss_first,
+        training_sample_loss_first,
     )
     return SignalFeatures(group, run), history

@@ -71,7 +71,7 @@ class IntervalStatistics(NamedTuple):
     """validation metric, higher is better"""
     validation_loss: Any = math.nan
     """mean loss of validation data"""
-    training_loss: Any = math.nan
+    training_sample_loss: Any = math.nan
     """mean loss of training data, of the same weights and in the same way as `validation_loss`"""
 
 
@@ -99,15 +99,15 @@ def interval_statistics(
     seconds: Any,
     xp: ModuleType,
     validation_loss: Any = math.nan,
-    training_loss: Any = math.nan,
+    training_sample_loss: Any = math.nan,
 ) -> IntervalStatistics:
     """Turns sums into ratios, the same way wherever they were measured.
 
     Args:
       sums: of one probe, each [G].
-      steps, loss_sum, loss_square_sum, nonfinite, validation, samples, seconds, validation_loss, training_loss: as in
-        `IntervalStatistics`.
+      steps, loss_sum, loss_square_sum, nonfinite, validation, samples, seconds: as in `IntervalStatistics`.
       xp: `numpy` or `jax.numpy`.
+      validation_loss, training_sample_loss: as in `IntervalStatistics`.
     """
     tiny = 1e-30
     weight_norm = xp.sqrt(sums.weight_square)
@@ -127,5 +127,5 @@ def interval_statistics(
         nonfinite=nonfinite,
         validation=validation,
         validation_loss=validation_loss,
-        training_loss=training_loss,
+        training_sample_loss=training_sample_loss,
     )

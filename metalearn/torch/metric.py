@@ -16,7 +16,7 @@ class Losses(NamedTuple):
 
     validation_loss: float = math.nan
     """of validation data"""
-    training_loss: float = math.nan
+    training_sample_loss: float = math.nan
     """of a sample of the training data"""
 
 

@@ -337,9 +337,9 @@ class MetaScheduler:
         In a run of several processes all call it at the end of an interval, and wait there for one another. Those
         without a metric pass None; of several metrics it is the mean. Between the ends of intervals nobody waits.
 
-        With `validation_loss` and `training_loss` in the mapping, mean losses of validation data and of a sample of the
-        training data, both of the weights that are validated and without dropout, the controller knows how much of
-        what is learnt is memorised, and weighs the weight decay by that for models that it has a cue for.
+        With `validation_loss` and `training_sample_loss` in the mapping, mean losses of validation data and of a sample
+        of the training data, both of the weights that are validated and without dropout, the controller knows how much
+        of what is learnt is memorised. It moves the weight decay by that, of models that it has a cue for.
 
         Args:
           metrics: the metric, or a mapping that holds it.

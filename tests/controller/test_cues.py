@@ -39,7 +39,7 @@ def start(controller: Controller, **changes) -> Session:
 def interval(index: int = 0, *, validation: float = 0.1, gap: float = math.nan) -> IntervalStatistics:
     """Return one whose training loss has fallen by 0.05 an interval since it was 1; of that a share is memorised."""
     fallen = 0.05 * index
-    losses = {"training_loss": 1.0 - fallen, "validation_loss": 1.0 - fallen + gap * fallen}
+    losses = {"training_sample_loss": 1.0 - fallen, "validation_loss": 1.0 - fallen + gap * fallen}
     return make_interval(1, validation=validation, **losses)
 
 
@@ -170,6 +170,14 @@ def test_the_decay_stays_where_nothing_is_told_or_the_gap_is_about_right(weighin
     assert len(set(decays(start(weighing), [gap] * 6))) == 1
 
 
+def test_where_the_rate_decays_the_weight_decay_does_not_move(weighing: Controller):
+    decaying, held = (start(weighing, horizon=1000, decays=falls) for falls in (True, False))
+    assert decaying.ask().reasons[0].startswith("start: base configuration, which is all that")
+    before = decaying.ask().groups
+    assert all(decaying.tell(interval(index, gap=1.2)).groups == before for index in range(4))
+    assert len(set(decays(held, [1.2] * 4))) == 4
+
+
 def test_the_decay_comes_back_when_the_gap_does(weighing: Controller):
     found = decays(start(weighing), [0.7, 1.2, 1.2, 0.7, 0.2, 0.2, 0.7])
     base = found[0]
@@ -201,6 +209,6 @@ def test_a_state_of_before_losses_were_reported_goes_on(weighing: Controller):
     whole, again = start(weighing), start(weighing)
     whole.tell(interval())
     state = json.loads(json.dumps(whole.state_dict()))
-    del state["history"]["training_loss_first"]
+    del state["history"]["training_sample_loss_first"]
     again.load_state_dict(state)
     assert decays(again, [1.2] * 4)[-1] > whole.ask().groups[0]["weight_decay"]

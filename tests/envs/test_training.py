@@ -214,15 +214,15 @@ def test_losses_of_both_parts_are_reported_of_the_same_weights(domain: Domain):
     steering = Averaging(model, SETTINGS.interval)
     train(model, torch.optim.AdamW([model.user.weight], lr=0.05), steering, domain, SETTINGS, seed=0)
     first, *others = steering.reported
-    assert first.keys() == {"ndcg", "validation_loss", "training_loss"}
+    assert first.keys() == {"ndcg", "validation_loss", "training_sample_loss"}
     assert all(metrics == first for metrics in others)  # of the averaged weights, which stay, and without dropout
     memory, held_out = model_of(domain), HeldOutLosses(TripleSampler(domain.train, 32, seed=0), domain)
     before = held_out(memory)
     memorise = torch.optim.AdamW(memory.parameters(), lr=0.05, weight_decay=0.0)
     train(memory, memorise, PlainSchedule(SETTINGS.interval), domain, SETTINGS, seed=0)
     after = held_out(memory)
-    assert after["training_loss"] < after["validation_loss"]
-    assert after["training_loss"] < before["training_loss"]
+    assert after["training_sample_loss"] < after["validation_loss"]
+    assert after["training_sample_loss"] < before["training_sample_loss"]
     assert memory.training
 
 

@@ -85,7 +85,7 @@ def test_numpy_and_jax_agree_on_a_recorded_run():
 
 
 def test_from_the_first_interval_on_all_is_defined_but_what_compares_with_the_one_before():
-    group, run = run_features([make_interval(displacement=[np.nan] * 2), make_interval(training_loss=0.4)])
+    group, run = run_features([make_interval(displacement=[np.nan] * 2), make_interval(training_sample_loss=0.4)])
     undefined = {n for n in GROUP_FEATURES + GLOBAL_FEATURES if not np.isfinite(feature(n, group[0], run[0])).all()}
     assert undefined == {
         *("straightness", "validation_change", "validation_z_score"),
@@ -111,7 +111,7 @@ def test_a_loop_that_measures_nothing_has_defined_controls_only():
     "powers",
     [
         pytest.param({"loss_sum": 1, "loss_square_sum": 2}, id="loss"),
-        pytest.param({"validation_loss": 1, "training_loss": 1}, id="reported losses"),
+        pytest.param({"validation_loss": 1, "training_sample_loss": 1}, id="reported losses"),
         pytest.param({"validation": 1}, id="metric"),
         pytest.param({"gradient_norm": 1}, id="gradients"),
         pytest.param({"weight_norm": 1}, id="weights"),
@@ -185,11 +185,11 @@ def test_golden_validation_features():
 def test_golden_generalization_gap():
     # It fell from 0.7 to 0.5, and validation is 0.05 above: a quarter of that is memorised.
     losses = [(0.7, 0.7), (0.695, 0.7), (0.5, 0.55), (0.5, np.nan), (np.nan, 0.6), (0.4, 0.7), (0.75, 0.7)]
-    run = run_features([make_interval(training_loss=a, validation_loss=b) for a, b in losses])
+    run = run_features([make_interval(training_sample_loss=a, validation_loss=b) for a, b in losses])
     gap = feature("generalization_gap", *run)
     assert gap[[2, 5]].tolist() == pytest.approx([0.25, 1.0])
     assert np.isnan(gap[[0, 1, 3, 4, 6]]).all()  # not before it has fallen, by more than noise
-    late = run_features([make_interval(training_loss=a) for a in (np.nan, 0.8, 0.6)])
+    late = run_features([make_interval(training_sample_loss=a) for a in (np.nan, 0.8, 0.6)])
     assert feature("generalization_gap", *late)[2] == pytest.approx(0.0)  # 0.6 of validation, too
 
 
@@ -216,7 +216,7 @@ def test_unknown_horizon_and_epochs():
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_diverged_interval_is_flagged_and_leaves_no_trace_in_the_averages(bad: float):
     broken = make_interval(loss_sum=bad, loss_square_sum=bad, nonfinite=3.0, gradient_norm=[bad, 0.2], validation=bad)
-    calm = [make_interval(), *(make_interval(training_loss=0.4) for _ in range(2))]
+    calm = [make_interval(), *(make_interval(training_sample_loss=0.4) for _ in range(2))]
     group, run = run_features([calm[0], broken, calm[1]])
     assert feature("loss_not_finite", group, run).tolist() == [0, 1, 0]
     assert np.isfinite(group[2]).all()

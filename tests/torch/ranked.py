@@ -155,7 +155,7 @@ class Loop:
         if not self.scheduler.should_validate:
             return
         value = self.score() if self.rank == 0 or self.job.kind != "ddp" else math.nan
-        losses = {"validation_loss": -value, "training_loss": -0.5 * value}
+        losses = {"validation_loss": -value, "training_sample_loss": -0.5 * value}
         self.scheduler.report({"ndcg": value, **losses} if self.rank == 0 else None)
 
     def advance(self) -> None:

@@ -88,7 +88,7 @@ def test_ranks_are_the_same_to_the_bit(crew: Crew, arguments: dict[str, Any], ki
     decisions = outcome["decisions"]
     assert [decision["step"] for decision in decisions] == [INTERVAL * index for index in range(6)]
     assert len({decision["groups"][0]["learning_rate"] for decision in decisions}) >= 4
-    for name in ("validation", "validation_loss", "training_loss"):
+    for name in ("validation", "validation_loss", "training_sample_loss"):
         assert all(math.isfinite(statistics[name]) for statistics in outcome["statistics"])
 
 

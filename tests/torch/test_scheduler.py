@@ -163,7 +163,7 @@ class Weighed:
             metrics = {
                 "mine": 0.3,
                 "validation_loss": 1.0 - 0.02 * self.reports,
-                "training_loss": 1.0 - 0.1 * self.reports,
+                "training_sample_loss": 1.0 - 0.1 * self.reports,
             }
             self.reports += 1
             metrics = metrics if self.losses else {"mine": 0.3}
@@ -194,7 +194,7 @@ def test_reported_losses_are_in_the_state(domain: Domain):
     for _ in range(INTERVAL - 1):
         before.run.step()
     with before.scheduler.averaged_parameters():
-        before.scheduler.report({"mine": 0.3, "validation_loss": 0.96, "training_loss": 0.8})
+        before.scheduler.report({"mine": 0.3, "validation_loss": 0.96, "training_sample_loss": 0.8})
     after.run.model.load_state_dict(before.run.model.state_dict())
     after.run.optimizer.load_state_dict(before.run.optimizer.state_dict())
     after.scheduler.load_state_dict(copy.deepcopy(before.scheduler.state_dict()))
@@ -205,18 +205,18 @@ def test_reported_losses_are_in_the_state(domain: Domain):
 
 def test_reported_losses_are_logged(domain: Domain, tmp_path: Path):
     run = start(domain, controller=load_controller(), horizon=120, decision_log=tmp_path / "log.jsonl")
-    for losses in ({"validation_loss": 0.5, "training_loss": 0.25}, {}):
+    for losses in ({"validation_loss": 0.5, "training_sample_loss": 0.25}, {}):
         for _ in range(INTERVAL):
             run.step()
         assert run.scheduler is not None
         run.scheduler.report({"ndcg": 0.3, **losses})
     *_, first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
-    assert '"training_loss": 0.25' in json.dumps(first)
+    assert '"training_sample_loss": 0.25' in json.dumps(first)
     assert '"validation_loss": 0.5' in json.dumps(first)
-    assert "training_loss" not in json.dumps(second)
+    assert "training_sample_loss" not in json.dumps(second)
 
 
-@pytest.mark.parametrize("name", ["validation_loss", "training_loss"])
+@pytest.mark.parametrize("name", ["validation_loss", "training_sample_loss"])
 def test_a_loss_that_is_no_number_is_refused(domain: Domain, controller: Controller, name: str):
     run = start(domain, controller=controller)
     assert run.scheduler is not None
