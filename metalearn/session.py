@@ -140,6 +140,11 @@ class Session:
         return self._num_groups
 
     @property
+    def reads_losses(self) -> bool:
+        """Whether the losses in `IntervalStatistics` can change what is decided for this model."""
+        return not self._setting.at_rest and self._setting.network.reads("generalization_gap")
+
+    @property
     def confidence(self) -> float:
         """Share of its reach that the controller uses on this domain: 1 in the meta-training range, 0 far outside.
 

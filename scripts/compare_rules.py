@@ -141,6 +141,10 @@ class Ruled:
         self.rates = [group["learning_rate"] for group in self.scheduler.decision.groups]
 
     @property
+    def reads_losses(self) -> bool:
+        return self.scheduler.reads_losses
+
+    @property
     def should_validate(self) -> bool:
         return self.scheduler.should_validate
 

@@ -59,6 +59,9 @@ class Steering(Protocol):
     @property
     def should_validate(self) -> bool: ...
 
+    @property
+    def reads_losses(self) -> bool: ...
+
     def step(self, loss: torch.Tensor, /) -> None: ...
 
     def report(self, metrics: Mapping[str, float], /) -> Any: ...
@@ -76,6 +79,8 @@ class PlainSchedule:
 
     def __init__(self, interval: int, scheduler: torch.optim.lr_scheduler.LRScheduler | None = None) -> None:
         self._interval, self._scheduler, self._steps = interval, scheduler, 0
+
+    reads_losses = False
 
     @property
     def should_validate(self) -> bool:
@@ -183,7 +188,7 @@ class TrainingRun:
         torch.manual_seed(seed)
         self._random_state = torch.get_rng_state()
         self._sampler = model.sampler(domain, settings.batch_size, seed=seed)
-        self._losses = HeldOutLosses(self._sampler, domain)
+        self._losses = HeldOutLosses(self._sampler, domain) if steering.reads_losses else None
         self._validate = Evaluator(domain, "validation", k=settings.k, max_users=settings.max_validation_users)
         self._best, self._best_weights = -1.0, _copy(model)
         self._losses_finite = torch.ones((), dtype=torch.bool)
@@ -223,7 +228,7 @@ class TrainingRun:
     def _validated(self) -> tuple[float, dict[str, float]]:
         with self.steering.averaged_parameters():
             value = self._validate(self.model).mean_ndcg
-            losses = self._losses(self.model)
+            losses = {} if self._losses is None else self._losses(self.model)
             if value > self._best:
                 self._best, self._best_weights = value, _copy(self.model)
         return value, losses

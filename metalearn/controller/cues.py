@@ -88,6 +88,10 @@ class CuePolicy(NumpyNetwork):
         gate, modifier = super().start(code)
         return np.zeros_like(gate), np.zeros_like(modifier)
 
+    def reads(self, feature: str) -> bool:
+        """Says whether it goes by a run feature."""
+        return GLOBAL_FEATURES.index(feature) in [column for column, *_ in self._cues]
+
     def act(
         self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, context: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

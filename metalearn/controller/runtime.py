@@ -78,6 +78,10 @@ class NumpyNetwork:
         shared = code @ self._of_code + self._params["mix/bias"]
         return shared[..., None, :] + self._params["role"][role]
 
+    def reads(self, feature: str) -> bool:
+        """Says whether a run feature can change what is decided; one that it was not trained with cannot."""
+        return bool(self._of_run[GLOBAL_FEATURES.index(feature)].any())
+
     def act(
         self, hidden: np.ndarray, group: np.ndarray, run: np.ndarray, context: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -264,6 +264,14 @@ class MetaScheduler:
         return self._run.budget.overhead(self.host_seconds)
 
     @property
+    def reads_losses(self) -> bool:
+        """Whether `validation_loss` and `training_sample_loss` (see `report`) can change what it decides here.
+
+        If not, a loop may save itself computing them.
+        """
+        return self._run.session.reads_losses
+
+    @property
     def confidence(self) -> float:
         """Share of its reach that the controller uses on this domain, 0 to 1."""
         return self._run.session.confidence
@@ -339,7 +347,8 @@ class MetaScheduler:
 
         With `validation_loss` and `training_sample_loss` in the mapping, mean losses of validation data and of a sample
         of the training data, both of the weights that are validated and without dropout, the controller knows how much
-        of what is learnt is memorised. It moves the weight decay by that, of models that it has a cue for.
+        of what is learnt is memorised. It moves the weight decay by that, of models that it has a cue for
+        (`reads_losses`).
 
         Args:
           metrics: the metric, or a mapping that holds it.

@@ -178,6 +178,12 @@ def test_where_the_rate_decays_the_weight_decay_does_not_move(weighing: Controll
     assert len(set(decays(held, [1.2] * 4))) == 4
 
 
+def test_losses_are_read_where_the_decay_goes_by_them(weighing: Controller, controller: Controller):
+    assert start(weighing).reads_losses
+    others = [start(controller), start(weighing, family="click_model"), start(weighing, family="matrix_factorization")]
+    assert not any(session.reads_losses for session in (*others, start(weighing, horizon=1000, decays=True)))
+
+
 def test_the_decay_comes_back_when_the_gap_does(weighing: Controller):
     found = decays(start(weighing), [0.7, 1.2, 1.2, 0.7, 0.2, 0.2, 0.7])
     base = found[0]

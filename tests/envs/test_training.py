@@ -183,6 +183,8 @@ def test_a_diverged_run_scores_nothing(domain: Domain):
 class Averaging(PlainSchedule):
     """Swaps the first weights in for validation, as averaged ones would be."""
 
+    reads_losses = True
+
     def __init__(self, model: MatrixFactorization, interval: int) -> None:
         super().__init__(interval)
         self.model, self.first = model, model.user.weight.detach().clone()
