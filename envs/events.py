@@ -24,6 +24,9 @@ from metalearn.signals import IntervalStatistics
 GRADIENT_STATISTICS = ("gradient_norm", "gradient_cosine", "curvature", "touched")
 """What a loop does not see whose gradients are sparse, or gone when it could look at them."""
 
+HELD_OUT_LOSSES = ("validation_loss", "training_sample_loss")
+"""What a loop reports beside the metric if it likes."""
+
 _STREAM = 0x6576656E
 """Folded into keys; large, since children of a split are those of the first folds."""
 
@@ -38,6 +41,7 @@ class EventConfig:
       missing_gradients: probability that an episode lacks `GRADIENT_STATISTICS`.
       missing_gradients_share: range of the share of its intervals that do, uniform; at (1, 1) all of them.
       delayed_validation: probability that an episode hears of a validation one interval late.
+      missing_losses: probability that an episode's loop reports no losses beside the metric.
       hardware_change: probability that steps take longer or shorter from some interval on.
       slowdown: range of the factor on their seconds, log-uniform.
       drift: probability that from some interval on batches are drawn from the later rows only, before it from the
@@ -54,6 +58,7 @@ class EventConfig:
     missing_gradients: float = 0.0
     missing_gradients_share: tuple[float, float] = (1.0, 1.0)
     delayed_validation: float = 0.0
+    missing_losses: float = 0.0
     hardware_change: float = 0.0
     slowdown: tuple[float, float] = (0.25, 4.0)
     drift: float = 0.0
@@ -90,6 +95,8 @@ class Events(NamedTuple):
     missing_gradients: Any
     delayed: Any
     """bool"""
+    silent: Any
+    """bool, whether no losses are reported"""
     change_at: Any
     """int32, interval"""
     slowdown: Any
@@ -185,6 +192,9 @@ class EventfulEnvironment:
             missing = draws[1] < events.missing_gradients
             seen = {name: jnp.where(missing, jnp.nan, getattr(statistics, name)) for name in GRADIENT_STATISTICS}
             statistics = statistics._replace(**seen)
+        if config.missing_losses > 0.0:
+            told = {name: jnp.where(events.silent, jnp.nan, getattr(statistics, name)) for name in HELD_OUT_LOSSES}
+            statistics = statistics._replace(**told)
         if self.step_seconds is not None:
             seconds = jnp.asarray(plan.num_steps, jnp.float32) * self.step_seconds(task)
             statistics = statistics._replace(seconds=seconds)
@@ -223,6 +233,7 @@ def draw_events(config: EventConfig, *, key: Any) -> Events:
         missing_validation=share(0, config.missing_validation, config.missing_validation_share),
         missing_gradients=share(1, config.missing_gradients, config.missing_gradients_share),
         delayed=happens[2] < config.delayed_validation,
+        silent=happens[5] < config.missing_losses,
         change_at=jnp.where(changes, onset(3), jnp.iinfo(jnp.int32).max),
         slowdown=low * jnp.power(high / low, sizes[5]),
         drifts=drifts,

@@ -16,7 +16,7 @@ from envs.domains import Domain
 from envs.evaluation_sets import EvaluationSet, evaluation_set
 from envs.histories import histories
 from envs.learners import LEARNERS, OPTIMIZERS, Hyperparameters, Learner, Shape, TrainingData
-from envs.learners.learner import probe_sums
+from envs.learners.learner import draw_rows, probe_sums
 from envs.learners.optimizers import OptimizerState
 from envs.learners.ranking import ndcg
 from metalearn.controller.actions import Values, schedule_multiplier
@@ -28,6 +28,8 @@ AVERAGE_EVERY = 8
 """Steps between updates of the averaged weights."""
 AVERAGE_POWER = 8.0
 """Polynomial averaging: update t has weight (p + 1) / (t + p), so the last 1 / (p + 1) of the run counts most."""
+LOSS_BATCHES = 16
+"""Batches that validation loss and training loss are measured on, the same in every interval."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,9 @@ class Task(NamedTuple):
     validation_floor: Any
     """NDCG@10 of ranking by popularity"""
     test_floor: Any
+    held_out_user: Any
+    """int32 [LOSS_BATCHES * B], validation interactions drawn with replacement; -1 if there are none"""
+    held_out_item: Any
 
     @property
     def num_interactions(self) -> Any:
@@ -176,7 +181,11 @@ def make_task(domain: Domain, bucket: Bucket, *, seed: int = 0) -> Task:
         users, targets, hidden = _padded_evaluation(evaluation, bucket, train.num_items, rng)
         sets.extend((users, targets, hidden))
         floors.append(np.float32(_floor(np.broadcast_to(popularity, hidden.shape), targets, hidden)))
-    return Task(data, *sets, *floors)
+    held_out = np.full((2, LOSS_BATCHES * bucket.batch), -1, np.int32)
+    if len(domain.validation):
+        drawn = rng.integers(len(domain.validation), size=held_out.shape[1])
+        held_out[:] = domain.validation.user[drawn], domain.validation.item[drawn]
+    return Task(data, *sets, *floors, *held_out)
 
 
 _floor = jax.jit(ndcg)
@@ -300,6 +309,7 @@ class VectorizedEnvironment:
         evaluated = jax.tree.map(lambda a, w: jnp.where(averaging, a, w), average, third[0])
         scores = learner.scores(evaluated, task.data, task.validation_users)
         metric = ndcg(scores, task.validation_targets, task.validation_seen)
+        validation_loss, training_sample_loss = self._losses(learner, task, evaluated)
         statistics = interval_statistics(
             sums,
             steps=plan.num_steps,
@@ -310,6 +320,8 @@ class VectorizedEnvironment:
             samples=plan.num_steps * self.bucket.batch,
             seconds=jnp.nan,
             xp=jnp,
+            validation_loss=validation_loss,
+            training_sample_loss=training_sample_loss,
         )
         better = metric > state.best_validation
         state = EnvironmentState(
@@ -326,6 +338,18 @@ class VectorizedEnvironment:
             nonfinite=state.nonfinite + losses.nonfinite,
         )
         return state, statistics
+
+    def _losses(self, learner: Learner, task: Task, params: Any) -> tuple[Any, Any]:
+        """Measures the loss of validation and of training interactions; NaN without any, or if it learns no pairs."""
+        if not learner.learns_pairs:
+            return jnp.nan, jnp.nan
+        data = task.data
+        row = draw_rows(data, jax.random.uniform(jax.random.key(0), task.held_out_user.shape))
+        held_out = learner.mean_loss(params, data, task.held_out_user, task.held_out_item)
+        return (
+            jnp.where(task.held_out_user[0] >= 0, held_out, jnp.nan),
+            learner.mean_loss(params, data, data.user[row], data.item[row]),
+        )
 
     def _stepper(self, learner: Learner, task: Task, values: Values, plan: Plan, key: jax.Array) -> Any:
         """Returns (index, model) -> (model, loss, gradient); dropout masks are windows of a pool drawn once."""

@@ -168,7 +168,9 @@ PRESETS = {
 }
 
 
-EVENTS = EventConfig(missing_validation=0.1, missing_gradients=0.1, delayed_validation=0.1, drift=0.15)
+EVENTS = EventConfig(
+    missing_validation=0.1, missing_gradients=0.1, delayed_validation=0.1, missing_losses=0.3, drift=0.15
+)
 """What befalls episodes that are learnt from; those that validate see none."""
 
 

@@ -20,7 +20,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from envs.learners.learner import Learner, TrainingData, draw_items, draw_rows, xavier_normal
+from envs.learners.learner import Learner, TrainingData, draw_items, xavier_normal
 
 
 class Params(NamedTuple):
@@ -88,16 +88,17 @@ class ClickModel(Learner):
         """Users, items, and the output units of dense layers."""
         return Params(data.num_users, data.num_items, 0, 2 * self.dim, 0, 1, 0)  # type: ignore[arg-type]
 
-    def draw(self, data: TrainingData, uniforms: jax.Array, keep: jax.Array) -> Batch:
-        """Draws positives from the window; negatives from the exposures, or from all items for the same users."""
-        row = draw_rows(data, uniforms[: self.batch])
-        shown = (uniforms[self.batch :] * data.num_exposures).astype(jnp.int32)
+    def make_batch(
+        self, data: TrainingData, user: jax.Array, item: jax.Array, uniforms: jax.Array, keep: jax.Array
+    ) -> Batch:
+        """Draws negatives from the exposures, or from all items for the same users."""
+        shown = (uniforms * data.num_exposures).astype(jnp.int32)
         recorded = data.num_exposures > 0
-        user = jnp.where(recorded, data.exposed_user[shown], data.user[row])
-        item = jnp.where(recorded, data.exposed_item[shown], draw_items(data, uniforms[self.batch :]))
+        negative_user = jnp.where(recorded, data.exposed_user[shown], user)
+        negative_item = jnp.where(recorded, data.exposed_item[shown], draw_items(data, uniforms))
         return Batch(
-            jnp.concatenate([data.user[row], user]),
-            jnp.concatenate([data.item[row], item]),
+            jnp.concatenate([user, negative_user]),
+            jnp.concatenate([item, negative_item]),
             jnp.repeat(jnp.array([1.0, 0.0]), self.batch, total_repeat_length=2 * self.batch),
             keep.reshape(2 * self.batch, 2 * self.dim),
         )

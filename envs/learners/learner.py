@@ -73,6 +73,8 @@ class Learner(ABC):
     """Role of each parameter group, among `metalearn.controller.config.ROLES`."""
     needs: ClassVar[tuple[str, ...]] = ()
     """Sizes of `Shape`, of "history" and "content", that must be positive."""
+    learns_pairs: ClassVar[bool] = True
+    """Whether a batch is of single interactions, so that those of validation have a loss as well."""
 
     def __post_init__(self) -> None:
         for name in ("dim", "batch"):
@@ -112,14 +114,28 @@ class Learner(ABC):
     def rows(self, data: TrainingData, params: Any) -> Any:
         """Returns the true rows of every leaf that is a matrix of two columns or more, and 0 for others."""
 
-    @abstractmethod
     def draw(self, data: TrainingData, uniforms: jax.Array, keep: jax.Array) -> Any:
-        """Makes a batch.
+        """Draws a batch from the window.
 
         Args:
           data: one domain.
-          uniforms: [num_uniforms] in [0, 1).
+          uniforms: [num_uniforms] in [0, 1); the first B choose the rows.
           keep: [num_keep] dropout mask, 0 or 1 / (1 - rate).
+        """
+        row = draw_rows(data, uniforms[: self.batch])
+        return self.make_batch(data, data.user[row], data.item[row], uniforms[self.batch :], keep)
+
+    @abstractmethod
+    def make_batch(
+        self, data: TrainingData, user: jax.Array, item: jax.Array, uniforms: jax.Array, keep: jax.Array
+    ) -> Any:
+        """Makes a batch of interactions, of the training rows or others of the same users and items.
+
+        Args:
+          data: what else a batch has is taken from.
+          user, item: int32 [B].
+          uniforms: [num_uniforms - B] in [0, 1).
+          keep: as of `draw`.
         """
 
     @abstractmethod
@@ -129,6 +145,18 @@ class Learner(ABC):
     @abstractmethod
     def scores(self, params: Any, data: TrainingData, users: jax.Array) -> jax.Array:
         """Scores every item for users int32 [E], without dropout: float32 [E, I], higher is better."""
+
+    def mean_loss(self, params: Any, data: TrainingData, user: jax.Array, item: jax.Array) -> jax.Array:
+        """Computes the mean loss of interactions int32 [K B], without dropout; what is drawn is the same each time."""
+        keep = jnp.ones(self.num_keep)
+
+        def of_batch(batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            key, *pairs = batch
+            uniforms = jax.random.uniform(key, (self.num_uniforms - self.batch,))
+            return self.loss(params, data, self.make_batch(data, *pairs, uniforms, keep))
+
+        user, item = user.reshape(-1, self.batch), item.reshape(-1, self.batch)
+        return jax.lax.map(of_batch, (jax.random.split(jax.random.key(0), len(user)), user, item)).mean()
 
     def loss_and_gradient(self, params: Any, data: TrainingData, batch: Any) -> tuple[jax.Array, Any]:
         """Computes loss and gradient, by automatic differentiation unless a family knows a cheaper way."""

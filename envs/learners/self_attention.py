@@ -28,7 +28,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from envs.learners.learner import Learner, TrainingData, draw_items, draw_rows, xavier_normal
+from envs.learners.learner import Learner, TrainingData, draw_items, xavier_normal
 from metalearn.errors import InvalidArgumentError
 
 NUM_BLOCKS = 1
@@ -93,6 +93,7 @@ class SelfAttention(Learner):
 
     roles: ClassVar[tuple[str, ...]] = ("embedding", "dense")
     needs: ClassVar[tuple[str, ...]] = ("history",)
+    learns_pairs: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,10 +155,11 @@ class SelfAttention(Learner):
         counts = jax.tree.map(lambda leaf: len(leaf) if leaf.ndim > 1 else 0, params)
         return counts._replace(item=data.num_items)
 
-    def draw(self, data: TrainingData, uniforms: jax.Array, keep: jax.Array) -> Batch:
-        """Draws rows of the window and takes their users' sequences; negatives are of all items."""
-        user = data.user[draw_rows(data, uniforms[: self.batch])]
-        negative = draw_items(data, uniforms[self.batch :]).reshape(self.batch, self.positions)
+    def make_batch(
+        self, data: TrainingData, user: jax.Array, item: jax.Array, uniforms: jax.Array, keep: jax.Array
+    ) -> Batch:
+        """Takes the users' sequences, which the items are in; negatives are of all items."""
+        negative = draw_items(data, uniforms).reshape(self.batch, self.positions)
         keep = keep.reshape(-1, self.batch, self.positions, self.dim)
         return Batch(data.history[user], negative, keep)
 

@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import jax
 
-from envs.learners.learner import Learner, TrainingData, draw_items, draw_rows
+from envs.learners.learner import Learner, TrainingData, draw_items
 
 
 class Triples(NamedTuple):
@@ -36,8 +36,8 @@ class TripleLearner(Learner):
         """One for every entry of the users' vectors."""
         return self.batch * self.dim
 
-    def draw(self, data: TrainingData, uniforms: jax.Array, keep: jax.Array) -> Triples:
-        """Draws positives from the window, and negatives from all items."""
-        row = draw_rows(data, uniforms[: self.batch])
-        negative = draw_items(data, uniforms[self.batch :])
-        return Triples(data.user[row], data.item[row], negative, keep.reshape(self.batch, self.dim))
+    def make_batch(
+        self, data: TrainingData, user: jax.Array, item: jax.Array, uniforms: jax.Array, keep: jax.Array
+    ) -> Triples:
+        """Draws negatives from all items."""
+        return Triples(user, item, draw_items(data, uniforms), keep.reshape(self.batch, self.dim))

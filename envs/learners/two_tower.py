@@ -22,7 +22,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from envs.learners.learner import Learner, TrainingData, draw_rows, xavier_normal
+from envs.learners.learner import Learner, TrainingData, xavier_normal
 
 TEMPERATURE = 0.2
 """Scores lie within ± 1 / TEMPERATURE."""
@@ -113,12 +113,12 @@ class TwoTower(Learner):
         dense = jax.tree.map(lambda leaf: len(leaf) if leaf.ndim > 1 and leaf.shape[1] > 1 else 0, params)
         return dense._replace(user=data.num_users, item=data.num_items)
 
-    def draw(self, data: TrainingData, uniforms: jax.Array, keep: jax.Array) -> Batch:
-        """Draws positives from the window."""
-        row = draw_rows(data, uniforms)
-        item = data.item[row]
+    def make_batch(
+        self, data: TrainingData, user: jax.Array, item: jax.Array, uniforms: jax.Array, keep: jax.Array
+    ) -> Batch:
+        """Looks up the items' shares of the window; there is nothing to draw."""
         keep = keep.reshape(2, self.batch, 2 * self.dim)
-        return Batch(data.user[row], item, log_shares(data, self.shape.items)[item], keep)
+        return Batch(user, item, log_shares(data, self.shape.items)[item], keep)
 
     def loss(self, params: Params, data: TrainingData, batch: Batch) -> jax.Array:
         """Computes the softmax loss within the batch."""

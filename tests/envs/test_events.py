@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from envs.domains import make_domain
-from envs.events import GRADIENT_STATISTICS, EventConfig, EventfulEnvironment, draw_events
+from envs.events import GRADIENT_STATISTICS, HELD_OUT_LOSSES, EventConfig, EventfulEnvironment, draw_events
 from envs.simulated import SimulatedPrior, simulate
 from envs.vectorized import Bucket, VectorizedEnvironment, make_task
 from metalearn.controller.actions import Values
@@ -26,6 +26,7 @@ EVERYTHING = EventConfig(
     missing_gradients=1.0,
     missing_gradients_share=(0.1, 0.5),
     delayed_validation=0.5,
+    missing_losses=0.5,
     hardware_change=1.0,
     drift=0.5,
     onset=(1, 2),
@@ -115,6 +116,14 @@ def test_missing_gradients_leave_what_weights_and_losses_say():
         assert np.isnan(values).all() == (name in GRADIENT_STATISTICS), name
 
 
+def test_a_loop_that_reports_no_losses_reports_them_in_no_interval():
+    statistics, _ = record(EventConfig(missing_losses=0.5), seeds=50)
+    for name, values in statistics._asdict().items():
+        missing = np.isnan(values).reshape(50, -1)
+        assert np.array_equal(missing.any(1), missing.all(1)), name
+        assert (0 < missing[:, 0].sum() < 50) == (name in HELD_OUT_LOSSES), name
+
+
 def test_a_hardware_change_scales_seconds_from_its_onset_on():
     config = EventConfig(hardware_change=1.0, slowdown=(3.0, 3.0), onset=(2, 5))
     statistics, state = record(config)
@@ -148,6 +157,7 @@ def test_events_are_as_likely_and_as_large_as_configured():
         missing_validation_share=(0.4, 0.6),
         missing_gradients=0.3,
         delayed_validation=0.4,
+        missing_losses=0.7,
         hardware_change=0.5,
         slowdown=(0.25, 4.0),
         drift=0.6,
@@ -163,9 +173,11 @@ def test_events_are_as_likely_and_as_large_as_configured():
         events.delayed,
         events.change_at < never,
         events.drift_at < never,
+        events.silent,
     ]
-    np.testing.assert_allclose([flag.mean() for flag in happened], [0.2, 0.3, 0.4, 0.5, 0.6], atol=0.03)  # 4 deviations
-    assert np.corrcoef(happened)[np.triu_indices(5, 1)] == pytest.approx(0.0, abs=0.07)
+    shares = [flag.mean() for flag in happened]
+    np.testing.assert_allclose(shares, [0.2, 0.3, 0.4, 0.5, 0.6, 0.7], atol=0.03)  # 4 deviations
+    assert np.corrcoef(happened)[np.triu_indices(6, 1)] == pytest.approx(0.0, abs=0.07)
     share = events.missing_validation[happened[0]]
     assert share.min() >= 0.4 and share.max() <= 0.6 and share.mean() == pytest.approx(0.5, abs=0.01)
     assert set(events.missing_gradients[happened[1]]) == {1.0}

@@ -19,7 +19,7 @@ from envs.vectorized import Bucket
 from metalearn.controller.config import ROLES
 from metalearn.errors import InvalidArgumentError
 from metalearn.torch.monitor import Monitor
-from tests.envs.twins import BATCH, DIM, draw, make_twins, small_domain, train_both
+from tests.envs.twins import BATCH, DIM, arguments, draw, make_twins, small_domain, train_both
 
 FAMILIES = sorted(LEARNERS)
 
@@ -49,6 +49,22 @@ def test_both_score_alike(domain, name):
     model.eval()
     theirs = model.score(torch.from_numpy(users)).numpy()
     np.testing.assert_allclose(learner.scores(params, data, jnp.asarray(users)), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if LEARNERS[name].learns_pairs])
+def test_held_out_pairs_have_the_loss_that_pytorch_gives_them(domain, name):
+    learner, data, params, model = make_twins(name, domain, seed=3)
+    pairs = domain.validation.select(np.arange(2 * BATCH))
+    user, item = (jnp.asarray(column, jnp.int32).reshape(2, BATCH) for column in (pairs.user, pairs.item))
+    model.eval()
+    theirs = []
+    for key, users, items in zip(jax.random.split(jax.random.key(0), 2), user, item, strict=True):
+        uniforms = jax.random.uniform(key, (learner.num_uniforms - BATCH,))
+        batch = learner.make_batch(data, users, items, uniforms, jnp.ones(learner.num_keep))
+        theirs.append(float(model(*arguments(batch)).detach()))
+    assert float(learner.mean_loss(params, data, user.ravel(), item.ravel())) == pytest.approx(
+        np.mean(theirs), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

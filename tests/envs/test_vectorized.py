@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +115,52 @@ def test_an_unknown_horizon_holds_the_rate_and_averages(environment, step):
     held, _ = _run(environment, step, task, intervals=4, horizon=float("nan"))
     moved = [float(jnp.abs(s.params.user - s.anchor.user).max()) for s in (decayed, held)]
     assert moved[0] < 0.2 * moved[1]  # one step at the end of a cosine against one at the full rate
+
+
+def _losses(statistics):
+    return float(statistics.validation_loss), float(statistics.training_sample_loss)
+
+
+def test_validation_loss_does_not_follow_training_loss_where_a_run_memorises(environment, step):
+    task = _task(0)
+    _, learning = _run(environment, step, task, intervals=1)
+    state = environment.reset(task, key=jax.random.key(0))
+    memorising = VALUES._replace(weight_decay=jnp.zeros(2), dropout=jnp.float32(0.0))
+    for index in range(40):
+        state, statistics = step(task, state, memorising, _plan(index, horizon=800.0), key=jax.random.key(index))
+    (held_out, own), (held_out_at_first, own_at_first) = _losses(statistics), _losses(learning[0])
+    assert own < 0.5 * own_at_first and own_at_first == pytest.approx(held_out_at_first, rel=0.1)
+    assert held_out - own > 0.5 * (own_at_first - own)  # most of what was learnt is memorised
+
+
+def test_losses_are_of_the_same_pairs_every_time_and_of_the_weights_that_are_validated(environment, step):
+    task = _task(0)
+    still = VALUES._replace(learning_rate=jnp.zeros(2))
+    state = environment.reset(task, key=jax.random.key(0))
+    rows = []
+    for index in range(2):
+        state, statistics = step(task, state, still, _plan(index), key=jax.random.key(index))
+        rows.append(_losses(statistics))
+    assert rows[0] == rows[1] and rows[0][0] != rows[0][1]
+    state, rows = _run(environment, step, task, horizon=float("nan"))
+    expected = environment.bucket.make_learner().mean_loss(
+        state.average, task.data, task.held_out_user, task.held_out_item
+    )
+    assert float(rows[-1].validation_loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_without_validation_pairs_there_is_no_validation_loss(environment, step):
+    domain = _domain(0)
+    task = make_task(replace(domain, validation=domain.validation.select(np.arange(0))), BUCKET)
+    _, rows = _run(environment, step, jax.tree.map(jnp.asarray, task), intervals=1)
+    assert np.isnan(float(rows[0].validation_loss)) and np.isfinite(float(rows[0].training_sample_loss))
+
+
+def test_a_family_whose_batches_are_histories_reports_no_losses():
+    bucket = replace(BUCKET, learner="self_attention", history=8, dim=4)
+    environment = VectorizedEnvironment(bucket)
+    _, rows = _run(environment, jax.jit(environment.step), _task(0, bucket), intervals=1)
+    assert np.isnan(_losses(rows[0])).all()
 
 
 def test_a_diverged_run_scores_nothing(environment, step):

@@ -74,8 +74,13 @@ def copy_weights(params: Any, model: Recommender) -> None:
 def draw(learner: Learner, data: Any, key: jax.Array):
     """Draws a batch without dropout; returns it for both sides."""
     batch = learner.draw(data, jax.random.uniform(key, (learner.num_uniforms,)), jnp.ones(learner.num_keep))
+    return batch, arguments(batch)
+
+
+def arguments(batch: Any) -> list[torch.Tensor]:
+    """Returns what `forward` takes of a learner's batch."""
     fields = [torch.from_numpy(np.array(value)) for value in batch[:-1]]
-    return batch, [field.long() if field.dtype == torch.int32 else field for field in fields]
+    return [field.long() if field.dtype == torch.int32 else field for field in fields]
 
 
 def largest_difference(params: Any, model: Recommender) -> float:
