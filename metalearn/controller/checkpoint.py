@@ -180,8 +180,8 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         header = json.loads(content[8 : 8 + length])["__metadata__"]
         tensors = load(content)
     except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        # Only now: one valid checkpoint in 32 has a header whose length begins with a pickle's byte.
-        if content[:1] == b"\x80" or content[:2] == b"PK":
+        # A header's length may begin with the first byte of a pickle, but not with that and the protocol of one.
+        if (content[:1] == b"\x80" and content[1:2] <= b"\x05") or content[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
             raise CheckpointError(
                 f"{path} is a pickle or zip archive, not a checkpoint; nothing in it was executed"
             ) from error

@@ -151,8 +151,12 @@ def test_a_valid_file_may_begin_like_a_pickle_or_a_zip(path: Path, prefix: bytes
         missing = (wanted - length) % 256 ** len(prefix)
         header["provenance"] = header["provenance"].replace('"}', "x" * missing + '"}')
     rewrite(path, provenance=header["provenance"])
-    assert path.read_bytes().startswith(prefix)
+    content = path.read_bytes()
+    assert content.startswith(prefix)
     assert load_checkpoint(path).config == CONFIG
+    path.write_bytes(content[:-1])
+    with pytest.raises(CheckpointError, match="truncated or altered"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
