@@ -21,6 +21,10 @@ from metalearn.errors import InvalidArgumentError
 from metalearn.interactions import Interactions
 from metalearn.meta_training.environment import Environment
 
+EVENTS = EventConfig(
+    missing_validation=0.1, missing_gradients=0.1, delayed_validation=0.1, missing_losses=0.3, drift=0.15
+)
+"""What befalls episodes that are learnt from; those that validate see none."""
 NO_EVENTS = EventConfig()
 _SIZES = ("users", "items", "interactions", "evaluated", "targets", "history", "content", "exposures")
 """Of a bucket, what the arrays of its tasks depend on."""

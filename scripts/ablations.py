@@ -38,8 +38,7 @@ import jax
 import numpy as np
 from scipy import stats
 
-from envs.events import EventConfig
-from envs.tasks import NO_EVENTS, TaskPool
+from envs.tasks import EVENTS, NO_EVENTS, TaskPool
 from experiment import FULL, QUICK, Size, build_pools
 from metalearn.controller.config import CONTROLLED, ControllerConfig
 from metalearn.controller.observation import DESCRIPTORS, PROFILE_DESCRIPTORS, Normalizer
@@ -54,9 +53,6 @@ from metalearn.meta_training.runner import RolloutRunner, concatenate, relative_
 from metalearn.signals import GLOBAL_FEATURES
 from provenance import provenance
 
-EVENTS = EventConfig(
-    missing_validation=0.1, missing_gradients=0.1, delayed_validation=0.1, missing_losses=0.3, drift=0.15
-)
 CONTROLS = ("progress", "epochs", "epochs_per_interval", "decisions", "dropout_residual", "dropout", "horizon_known")
 """What a policy knows of a run without looking at it."""
 SHIPPED = {"learning_rate": 1e-3, "weight_decay": 1e-2, "beta1": 0.9, "dropout": 0.0}

@@ -31,9 +31,8 @@ os.environ.setdefault(
 )
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from envs.events import EventConfig
 from envs.public import DomainCache, find_source, load_folder, load_public
-from envs.tasks import NO_EVENTS, TaskPool, build_pool
+from envs.tasks import EVENTS, NO_EVENTS, TaskPool, build_pool
 from envs.vectorized import HUGE, LARGE, MIDDLE, SMALL, WHOLE, Bucket
 from metalearn.controller.checkpoint import save_checkpoint
 from metalearn.controller.config import CONTROLLED, OTHER, ControllerConfig
@@ -166,12 +165,6 @@ PRESETS = {
         settings={"num_iterations": 400, "validation_episodes": 32},
     ),
 }
-
-
-EVENTS = EventConfig(
-    missing_validation=0.1, missing_gradients=0.1, delayed_validation=0.1, missing_losses=0.3, drift=0.15
-)
-"""What befalls episodes that are learnt from; those that validate see none."""
 
 
 def parse() -> argparse.Namespace:
