@@ -151,9 +151,9 @@ class Learner(ABC):
         keep = jnp.ones(self.num_keep)
 
         def of_batch(batch: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-            key, *pairs = batch
+            key, users, items = batch
             uniforms = jax.random.uniform(key, (self.num_uniforms - self.batch,))
-            return self.loss(params, data, self.make_batch(data, *pairs, uniforms, keep))
+            return self.loss(params, data, self.make_batch(data, users, items, uniforms, keep))
 
         user, item = user.reshape(-1, self.batch), item.reshape(-1, self.batch)
         return jax.lax.map(of_batch, (jax.random.split(jax.random.key(0), len(user)), user, item)).mean()
