@@ -26,6 +26,8 @@ GRADIENT_STATISTICS = ("gradient_norm", "gradient_cosine", "curvature", "touched
 
 HELD_OUT_LOSSES = ("validation_loss", "training_sample_loss")
 """What a loop reports beside the metric if it likes."""
+REPORTED = ("validation", *HELD_OUT_LOSSES)
+"""What a report tells: it is missing or late as a whole."""
 
 _STREAM = 0x6576656E
 """Folded into keys; large, since children of a split are those of the first folds."""
@@ -115,7 +117,7 @@ class EventfulState(NamedTuple):
     interval: Any
     """int32, intervals done"""
     pending: Any
-    """the last validation, for those that hear of it late"""
+    """what was measured of `REPORTED` in the last interval, by name, for those that hear of it late"""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,8 @@ class EventfulEnvironment:
             )
         events = draw_events(self.events, key=jax.random.fold_in(key, _STREAM))
         inner = self.environment.reset(task, key=key)
-        return EventfulState(inner, events, jnp.int32(0), jnp.full((), jnp.nan, jnp.float32))
+        nothing = dict.fromkeys(REPORTED, jnp.full((), jnp.nan, jnp.float32))
+        return EventfulState(inner, events, jnp.int32(0), nothing)
 
     def step(
         self, task: Any, state: EventfulState, values: Values, plan: Plan, *, key: Any
@@ -181,13 +184,15 @@ class EventfulEnvironment:
         config, events = self.events, state.events
         current = _in_window(task, events, state.interval) if config.drift > 0.0 else task
         inner, statistics = self.environment.step(current, state.inner, values, plan, key=key)
-        measured = statistics.validation
+        measured = {name: jnp.asarray(getattr(statistics, name), jnp.float32) for name in REPORTED}
         draws = jax.random.uniform(jax.random.fold_in(key, _STREAM), (2,))
         if config.delayed_validation > 0.0:
-            statistics = statistics._replace(validation=jnp.where(events.delayed, state.pending, measured))
+            late = {name: jnp.where(events.delayed, state.pending[name], measured[name]) for name in REPORTED}
+            statistics = statistics._replace(**late)
         if config.missing_validation > 0.0:
-            heard = jnp.where(draws[0] < events.missing_validation, jnp.nan, statistics.validation)
-            statistics = statistics._replace(validation=heard)
+            missing = draws[0] < events.missing_validation
+            heard = {name: jnp.where(missing, jnp.nan, getattr(statistics, name)) for name in REPORTED}
+            statistics = statistics._replace(**heard)
         if config.missing_gradients > 0.0:
             missing = draws[1] < events.missing_gradients
             seen = {name: jnp.where(missing, jnp.nan, getattr(statistics, name)) for name in GRADIENT_STATISTICS}
@@ -201,7 +206,7 @@ class EventfulEnvironment:
         if config.hardware_change > 0.0:
             factor = jnp.where(state.interval >= events.change_at, events.slowdown, 1.0)
             statistics = statistics._replace(seconds=statistics.seconds * factor)
-        state = EventfulState(inner, events, state.interval + 1, jnp.asarray(measured, jnp.float32))
+        state = EventfulState(inner, events, state.interval + 1, measured)
         return state, statistics
 
     def score(self, task: Any, state: EventfulState) -> Any:

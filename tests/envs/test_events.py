@@ -97,14 +97,18 @@ def test_nothing_happens_by_default():
 def test_a_late_validation_comes_one_interval_later():
     statistics, _ = record(EventConfig(delayed_validation=1.0))
     np.testing.assert_allclose(statistics.validation, [np.nan, *ALL_MEASURED[:-1]], rtol=1e-6)
+    for name in HELD_OUT_LOSSES:  # which are reported with it
+        np.testing.assert_array_equal(getattr(statistics, name), [np.nan, *[1.0] * 7])
 
 
 @pytest.mark.parametrize("late", [0.0, 1.0])
 def test_a_missing_validation_is_nan_and_the_others_are_as_measured(late):
     config = EventConfig(missing_validation=1.0, missing_validation_share=(0.5, 0.5), delayed_validation=late)
-    heard = record(config, seeds=100)[0].validation
+    statistics, _ = record(config, seeds=100)
+    heard = statistics.validation
     known = np.broadcast_to([np.nan, *ALL_MEASURED[:-1]] if late else ALL_MEASURED, heard.shape)
     missing = np.isnan(heard)
+    assert all(np.array_equal(np.isnan(getattr(statistics, name)), missing) for name in HELD_OUT_LOSSES)
     np.testing.assert_allclose(heard[~missing], known[~missing], rtol=1e-6)
     assert missing[:, 1:].mean() == pytest.approx(0.5, abs=0.07)  # of 700 draws: 3.7 standard deviations
     assert len({tuple(row) for row in missing}) > 20  # of 2^8 patterns: each interval is drawn apart
