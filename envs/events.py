@@ -38,7 +38,8 @@ class EventConfig:
     """How likely events are, and how large. An episode draws each event apart; with the defaults there are none.
 
     Args:
-      missing_validation: probability that an episode is validated only in part of its intervals.
+      missing_validation: probability that an episode is validated only in part of its intervals; all of
+        `REPORTED` is missing then, as it is late with `delayed_validation`.
       missing_validation_share: range of the share of its intervals that go without, uniform; each is drawn apart.
       missing_gradients: probability that an episode lacks `GRADIENT_STATISTICS`.
       missing_gradients_share: range of the share of its intervals that do, uniform; at (1, 1) all of them.
